@@ -1,0 +1,1 @@
+"""The methods that QuantEase is compared with, one file each. Imports torch and quantease only."""

@@ -1,0 +1,111 @@
+"""Turn a node of the configuration into the dataclass it describes, or say in a sentence why it does not.
+
+`_target_` may only name a dataclass of this project: a configuration builds settings, it does not run code.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import json
+import types
+import typing
+from typing import Any
+
+from runners.errors import InputError
+
+PACKAGES = ("quantease", "baselines", "runners")  # the only ones that `_target_` may name
+LEAVES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def build(annotation: Any, value: Any, where: str) -> Any:
+    """Make `value`, as it came out of YAML, into an instance of `annotation`.
+
+    Mappings become dataclasses: the one that `_target_` names, else the annotation itself.
+
+    Args:
+        annotation: a dataclass, a protocol, int, float, bool, str, a dict of those, or a union of them with None.
+        where: the node's key in the configuration, for messages; "" for the whole.
+
+    Raises:
+        InputError: naming the key that is unknown, missing, of the wrong type or out of range.
+    """
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        options = typing.get_args(annotation)
+        if value is None and type(None) in options:
+            return None
+        annotation = next(option for option in options if option is not type(None))
+    if typing.get_origin(annotation) is dict and isinstance(value, dict):
+        item = typing.get_args(annotation)[1]
+        return {str(key): build(item, entry, f"{where}.{key}") for key, entry in value.items()}
+    if isinstance(value, dict) and annotation not in LEAVES:
+        target = value.get("_target_")
+        cls = _locate(target, where) if target else annotation
+        return _construct(cls, {key: entry for key, entry in value.items() if key != "_target_"}, where)
+    return _leaf(annotation, value, where)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as mappings (with the name of their class), all the way down, for JSON and YAML."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"class": type(value).__name__} | fields
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    return value
+
+
+def unknown_setting(where: str, key: str, known: list[str]) -> InputError:
+    """The error for a key that does not exist, with the one that was probably meant."""
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    place = f"{where} has" if where else "the settings are"
+    name = f"{where}.{key}" if where else key
+    return InputError(f"there is no setting {name}: {hint}{place} {', '.join(known) or 'none'}")
+
+
+def _construct(cls: Any, values: dict[str, Any], where: str) -> Any:
+    if not dataclasses.is_dataclass(cls):
+        raise InputError(f"{where} needs a _target_ that says which class to build")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if "name" not in fields:
+        values = {
+            key: entry for key, entry in values.items() if key != "name"
+        }  # a method's, where it is another's init
+    for key in values:
+        if key not in fields:
+            raise unknown_setting(where, key, list(fields))
+    prefix = f"{where}." if where else ""
+    hints = typing.get_type_hints(cls)
+    built = {key: build(hints[key], entry, prefix + key) for key, entry in values.items()}
+    for key, field in fields.items():
+        if key not in built and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise InputError(f"{prefix}{key} is missing: its file in conf/ must set it")
+    try:
+        return typing.cast(Any, cls)(**built)
+    except ValueError as error:
+        raise InputError(f"{prefix}{error}") from None
+
+
+def _leaf(annotation: Any, value: Any, where: str) -> Any:
+    """Check a leaf of the configuration; whole numbers pass for floats, nothing else is converted."""
+    if dataclasses.is_dataclass(annotation) and isinstance(value, typing.cast(type, annotation)):
+        return value  # built already
+    if annotation is float and type(value) is int:
+        return float(value)
+    if annotation in LEAVES and type(value) is annotation:
+        return value
+    expected = LEAVES.get(annotation, "a mapping that says with _target_ which class to build")
+    raise InputError(f"{where} must be {expected}, not {json.dumps(value, default=str)}")
+
+
+def _locate(target: Any, where: str) -> Any:
+    module, _, name = str(target).rpartition(".")
+    if module.split(".")[0] not in PACKAGES:
+        raise InputError(f"{where}._target_ is {target}: only classes of {', '.join(PACKAGES)} may be built")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{where}._target_ is {target}, which does not exist ({error})") from None
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise InputError(f"{where}._target_ is {target}, which is not a dataclass")
+    return cls

@@ -1,0 +1,31 @@
+"""Layer-wise problems for tests: ill-conditioned like real activations, with outlying inputs and dead ones on request."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from quantease.grid import Grid
+from quantease.layer import LayerProblem
+
+
+def random_problem(out_features: int = 32, in_features: int = 128, seed: int = 0) -> LayerProblem:
+    """Correlated inputs of very unequal size; float32."""
+    g = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(in_features, in_features, generator=g)
+    sizes = torch.logspace(0, -1.5, in_features)[torch.randperm(in_features, generator=g)]
+    inputs = torch.randn(4 * in_features, in_features, generator=g) @ mixing * sizes
+    return LayerProblem(torch.randn(out_features, in_features, generator=g), inputs.T @ inputs)
+
+
+def best_codes(problem: LayerProblem, grid: Grid) -> Tensor:
+    """The codes that minimize the objective, by trying all of them; for a handful of columns."""
+    count = problem.weight.shape[1]
+    choices = torch.tensor(list(itertools.product(range(grid.spec.max_code + 1), repeat=count)), dtype=torch.uint8)
+    best = []
+    for row in range(len(problem.weight)):
+        scale, zero = grid.scale[row, grid.group], grid.zero[row, grid.group]
+        difference = (problem.weight[row] - scale * (choices - zero)).double()
+        errors = torch.einsum("ci,ij,cj->c", difference, problem.hessian.double(), difference)
+        best.append(choices[errors.argmin()])
+    return torch.stack(best)

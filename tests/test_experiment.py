@@ -1,0 +1,231 @@
+"""Whole runs on the toy: what they measure, what they leave behind, and how they end."""
+
+import csv
+import json
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from quantease.grid import GridSpec
+from quantease.layer import LayerProblem, QuantizedLayer, Unsupported
+from runners import experiment
+from runners.errors import InputError
+from runners.experiment import run_cell, run_experiment
+from runners.schema import Method
+from tests.conftest import ToySettings
+
+KEYS = {
+    "status",
+    "ppl/wikitext2",
+    "protocol/wikitext2",
+    "bits_per_weight",
+    "layers/mean_relative_error",
+    "quantize/seconds",
+    "quantize/peak_memory_gb",
+    "evaluate/seconds",
+}
+LAYER_COLUMNS = {
+    "block",
+    "layer",
+    "out_features",
+    "in_features",
+    "relative_error",
+    "seconds",
+    "bits_per_weight",
+    "damping",
+    "dead_columns",
+    "notes",
+}
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    with file.open() as opened:
+        return list(csv.DictReader(opened))
+
+
+def inspect_offline_run(folder: Path) -> tuple[dict[str, Any], str]:
+    """The summary that W&B's own reader gives of the one offline run in a run's folder, and its records."""
+    (run,) = (folder / "wandb").glob("offline-run-*")
+    summary = subprocess.run(["wandb", "leet", "inspect", "--summary", "--json", run], capture_output=True, check=True)
+    records = subprocess.run(["wandb", "leet", "inspect", "--json", run], capture_output=True, check=True)
+    return json.loads(summary.stdout), records.stdout.decode()
+
+
+def test_a_run_and_its_reference(toy_settings: ToySettings) -> None:
+    settings = toy_settings("method=gptq", "bits=3")
+    reference, row = run_experiment(settings)
+    for one in (reference, row):
+        assert one["status"] == "done"
+        assert one.keys() >= KEYS
+    assert reference["method"] == "fp16"
+    assert reference["bits_per_weight"] == 32.0  # the toy is stored in float32
+    assert reference["layers/mean_relative_error"] == 0
+    # A scale of 16 and a zero point of 3 bits a row: rows of 32 weights everywhere but in fc2, which has rows of 64.
+    assert row["bits_per_weight"] == pytest.approx((6144 * (3 + 19 / 32) + 2048 * (3 + 19 / 64)) / 8192)
+    assert 0 < row["layers/mean_relative_error"] < 0.2
+    assert row["sha256/wikitext2"] == reference["sha256/wikitext2"]
+
+
+def test_what_a_run_leaves_behind(toy_settings: ToySettings) -> None:
+    settings = toy_settings("method=rtn", "group_size=16")
+    run_experiment(settings)
+    folder = settings.folder
+    assert folder.parent.parent == settings.study_folder
+    assert folder.name == f"rtn-3b-{settings.digest}"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics.keys() >= KEYS
+    layers = read_csv(folder / "layers.csv")
+    assert len(layers) == 12 == metrics["layers/count"]
+    assert layers[0].keys() == LAYER_COLUMNS
+    assert [row["layer"] for row in layers[-2:]] == ["fc1", "fc2"]
+    assert {float(row["bits_per_weight"]) for row in layers} == {3 + 19 / 16}
+    mean = sum(float(row["relative_error"]) for row in layers) / len(layers)
+    assert metrics["layers/mean_relative_error"] == pytest.approx(mean)
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["calibration"]["sha256"] == metrics["calibration/sha256"]
+    assert environment["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    windows = read_csv(folder / "windows.csv")
+    mean = sum(float(row["nll"]) for row in windows) / len(windows)
+    assert metrics["ppl/wikitext2"] == pytest.approx(torch.tensor(mean).double().exp().item())
+    assert (folder / "config.yaml").read_text().count("group_size: 16") >= 1
+    assert not list(folder.glob("*.partial"))
+
+
+def test_the_reference_is_the_model_itself(toy_settings: ToySettings, toy_model: Path, data_root: Path) -> None:
+    (row,) = run_experiment(toy_settings("method=fp16"))
+    model = AutoModelForCausalLM.from_pretrained(toy_model)
+    rows = [json.loads(line)["text"] for line in (data_root / "wikitext2" / "test.jsonl").read_text().splitlines()]
+    ids = AutoTokenizer.from_pretrained(toy_model)("\n\n".join(rows), return_tensors="pt").input_ids
+    windows = ids[0, : ids.shape[1] // 64 * 64].reshape(-1, 64)
+    expected = torch.stack([model(window[None], labels=window[None]).loss for window in windows]).mean().exp().item()
+    assert row["ppl/wikitext2"] == pytest.approx(expected, rel=1e-5)
+    assert row["windows/wikitext2"] == len(windows)
+
+
+def test_fp16_does_not_depend_on_the_grid_or_the_calibration(toy_settings: ToySettings) -> None:
+    a = toy_settings("method=fp16", "bits=2", "seed=1", "calibration=wikitext2")
+    b = toy_settings("method=fp16", "bits=4", "group_size=16", "act_order=true")
+    assert a.digest == b.digest == toy_settings("method=gptq").reference().digest
+
+
+def test_a_finished_run_is_skipped_and_says_so(
+    toy_settings: ToySettings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = toy_settings("method=rtn")
+    first = run_cell(settings)
+    monkeypatch.setattr(experiment, "open_checkpoint", lambda _model: pytest.fail("nothing may be loaded"))
+    with caplog.at_level("INFO"):
+        second = run_cell(settings)
+    assert "is already done" in caplog.text
+    assert second["ppl/wikitext2"] == first["ppl/wikitext2"]
+
+
+def test_force_runs_it_again(toy_settings: ToySettings) -> None:
+    settings = toy_settings("method=rtn")
+    run_cell(settings)
+    before = (settings.folder / "metrics.json").stat().st_mtime_ns
+    run_cell(replace(settings, force=True))
+    assert (settings.folder / "metrics.json").stat().st_mtime_ns > before
+
+
+def test_results_repeat_to_the_last_digit(toy_settings: ToySettings, tmp_path: Path) -> None:
+    rows = [run_cell(toy_settings("method=quantease", f"results={tmp_path / name}")) for name in "ab"]
+    for key in ("ppl/wikitext2", "layers/mean_relative_error", "calibration/sha256"):
+        assert rows[0][key] == rows[1][key]
+
+
+def test_an_unexpected_error_becomes_a_row_with_stage_and_traceback(
+    toy_settings: ToySettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("in the middle")
+
+    monkeypatch.setattr(experiment, "window_losses", fail)
+    settings = toy_settings("method=rtn")
+    row = run_cell(settings)
+    assert (row["status"], row["stage"]) == ("failed", "evaluate")
+    assert row["error"] == "ZeroDivisionError: in the middle"
+    assert "Traceback" in row["traceback"]
+    assert json.loads((settings.folder / "metrics.json").read_text())["status"] == "failed"
+    monkeypatch.undo()
+    assert run_cell(settings)["status"] == "done"  # a failed run is not a finished one
+
+
+@dataclass(frozen=True)
+class Refuses:
+    """A method that cannot do anything."""
+
+    def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
+        raise Unsupported("not at this width")
+
+
+def test_what_a_method_cannot_do_is_recorded_as_unsupported(toy_settings: ToySettings) -> None:
+    settings = replace(toy_settings("method=rtn"), method=Method("refuses", Refuses()))
+    row = run_cell(settings)
+    assert (row["status"], row["stage"]) == ("unsupported", "quantize")
+    assert row["error"] == "self_attn.q_proj in block 0: not at this width"
+
+
+def test_an_offline_wandb_run_can_be_read_back(toy_settings: ToySettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    settings = toy_settings("method=rtn", "tracker=wandb", "study=reading")
+    row = run_cell(settings)
+    run, records = inspect_offline_run(settings.folder)
+    assert run["run_id"] == settings.digest
+    assert (run["state"], run["exit_code"]) == ("finished", 0)
+    assert run["config"]["grid"]["bits"] == 3
+    assert run["config"]["method"]["name"] == "rtn"
+    for key in KEYS - {"status"}:
+        assert run["summary"][key] == row[key]
+    assert run["summary"]["status"] == "done"
+    assert run["summary"]["layers"]["_type"] == "table-file"
+    assert run["summary"]["layers"]["nrows"] == 12
+    assert '"run_group":"reading"' in records
+    assert '"tags":["rtn","toy","3 bits","per-channel","seed 0"]' in records
+    assert records.count("layer/relative_error") >= 12
+    assert (settings.folder / "wandb" / "data" / "artifacts" / "staging").is_dir()
+
+
+def test_a_failed_run_is_finished_in_wandb_too(
+    toy_settings: ToySettings, model_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    weights = load_file(model_copy / "model.safetensors")
+    weights["model.decoder.layers.1.fc1.weight"][3, 3] = torch.nan
+    save_file(weights, model_copy / "model.safetensors", metadata={"format": "pt"})
+    settings = toy_settings("method=rtn", "tracker=wandb", f"model.path={model_copy}")
+    row = run_cell(settings)
+    assert (row["status"], row["stage"]) == ("failed", "load")
+    assert "model.decoder.layers.1.fc1.weight" in row["error"]
+    assert "NaN" in row["error"]
+    run, _ = inspect_offline_run(settings.folder)
+    assert (run["state"], run["exit_code"]) == ("failed", 1)
+    assert run["summary"]["status"] == "failed"
+
+
+def test_a_tracker_that_breaks_does_not_end_a_run(
+    toy_settings: ToySettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    def fail(**_: object) -> None:
+        raise RuntimeError("the dashboard is on fire")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    row = run_cell(toy_settings("method=rtn", "tracker=wandb"))
+    assert row["status"] == "done"
+    assert "the dashboard is on fire" in caplog.text
+
+
+def test_a_run_that_cannot_be_recorded_says_so(toy_settings: ToySettings, tmp_path: Path) -> None:
+    settings = toy_settings("method=rtn")
+    (tmp_path / "results").rename(tmp_path / "moved")
+    (tmp_path / "results").write_text("a file where the folder should be")
+    with pytest.raises(InputError, match="nothing can be written to"):
+        run_cell(settings)

@@ -1,0 +1,109 @@
+"""The shape of the project: which way imports point, that configurations are complete, that the README is true."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runners.checking import check
+from tests.conftest import PROJECT
+
+PACKAGES = ["quantease", "baselines", "runners", "analysis"]
+ALLOWED = {  # own packages that each may import; the direction of all imports
+    "quantease": {"quantease"},
+    "baselines": {"baselines", "quantease"},
+    "runners": {"runners", "quantease"},  # methods reach it through their YAML files
+    "analysis": {"analysis"},
+}
+MODELS = sorted(path.stem for path in (PROJECT / "conf" / "model").glob("*.yaml"))
+
+
+def imports(file: Path) -> set[str]:
+    """The top-level packages that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_one_way(package: str) -> None:
+    for file in (PROJECT / package).rglob("*.py"):
+        assert imports(file) & set(PACKAGES) <= ALLOWED[package], file
+
+
+def test_the_mathematics_needs_torch_and_nothing_else() -> None:
+    for package in ("quantease", "baselines"):
+        for file in (PROJECT / package).rglob("*.py"):
+            others = imports(file) - set(sys.stdlib_module_names) - {"torch", "quantease", "baselines"}
+            assert not others, file
+
+
+def test_the_analysis_imports_no_torch() -> None:
+    code = "import analysis.collect, analysis.tables, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PROJECT)
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "conf" / "method").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_methods_file_lists_every_setting(path: Path) -> None:
+    (settings,) = check([f"method={path.stem}"], multirun=False)
+    assert settings.method.name == path.stem
+    text = path.read_text()
+    if settings.method.solver is not None and "defaults:" not in text:
+        names = {field.name for field in dataclasses.fields(settings.method.solver)}  # pyright: ignore[reportArgumentType]
+        assert names == set(re.findall(r"^(\w+):", text, re.MULTILINE)) - {"name", "_target_"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_composes(name: str) -> None:
+    extra = ["model.path=facebook/opt-125m"] if name == "local" else []
+    (settings,) = check([f"model={name}", *extra], multirun=False)
+    assert settings.model.name == ("opt-125m" if name == "local" else name)
+    assert name in ("local", "tiny") or settings.model.dtype is None  # whatever the checkpoint has
+
+
+def test_the_models_of_the_papers_are_all_there() -> None:
+    sizes = {
+        "opt": "125m 350m 1.3b 2.7b 6.7b 13b 30b 66b",
+        "bloom": "560m 1b1 1b7 3b 7b1 176b",
+        "falcon": "7b 40b 180b",
+        "pythia": "70m 160m 410m 1b 1.4b 2.8b 6.9b 12b",
+        "qwen3": "0.6b 1.7b 4b 8b",
+        "llama-2": "7b 13b 70b",
+        "llama-3": "8b 70b",
+        "mistral": "7b",
+    }
+    assert {f"{family}-{size}" for family, names in sizes.items() for size in names.split()} <= set(MODELS)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_file_runs_code_that_it_was_given(package: str) -> None:
+    for file in (PROJECT / package).rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        assert not imports(file) & {"pickle", "dill", "joblib", "marshal", "shelve"}, file
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in ("eval", "exec", "torch.load", "os.system"), (file, node.lineno)
+            if isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant):
+                assert (node.arg, node.value.value) not in (("trust_remote_code", True), ("shell", True)), file
+
+
+def test_the_readmes_tree_is_true() -> None:
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    tree = readme.split("```\nrun.py", 1)[1].split("```", 1)[0]
+    for line in ("run.py" + tree).splitlines():
+        if name := re.match(r"(\S+)", line):
+            assert (PROJECT / name[1]).exists(), name[1]
+
+
+def test_the_bundled_model_is_small_and_safe() -> None:
+    folder = PROJECT / "runners" / "tiny"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 10e6
+    assert {file.suffix for file in folder.iterdir()} == {".json", ".safetensors", ".md", ".csv"}
