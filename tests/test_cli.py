@@ -109,8 +109,8 @@ def test_a_sweep_goes_on_after_a_failing_cell_and_exits_non_zero(
     assert "1 of 3 cells failed" in answer.stdout  # fp16 is one cell: no grid touches it
     table = answer.stdout[answer.stdout.index("method") :]
     assert table.index("fp16") < table.index("rtn")
-    assert "group 12" in table
-    assert "group 16" in table
+    assert "group_size=12" in table
+    assert "group_size=16" in table
     assert len(list(tmp_path.glob("runs/toy/rtn-3b-*/layers.csv"))) == 1
 
 

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -174,19 +176,22 @@ def test_damaged_metrics_are_not_taken_for_a_result(tmp_path: Path) -> None:
             RunFolder(tmp_path).finished()
 
 
-@pytest.fixture
-def full_disk():
-    """Writes beyond a few bytes fail, as on a disk that is full: the kernel refuses them."""
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Writes beyond a few bytes fail, as on a disk that is full: the kernel refuses them, pytest's own output too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_loses_nothing(tmp_path: Path, full_disk: None) -> None:
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     file = tmp_path / METRICS
     file.write_text("as it was")
-    with pytest.raises(InputError, match=r"metrics\.json cannot be written \(File too large\): make room there"):
+    message = r"metrics\.json cannot be written \(File too large\): make room there"
+    with pytest.raises(InputError, match=message), full_disk():
         write(file, "x" * 100_000)
     assert file.read_text() == "as it was"
     assert os.listdir(tmp_path) == [METRICS]
