@@ -4,13 +4,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from runners.settings import Settings
 
 
-def results_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """One row a run, from its `metrics.json`. Columns that would say the same everywhere are left out."""
+def results_table(rows: Sequence[dict[str, Any]]) -> Group:
+    """One row a run, from its `metrics.json`, and what holds for all. Columns that would say the same are left out."""
     texts = list(dict.fromkeys(key for row in rows for key in row if key.startswith("ppl/")))
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = []
     if len({row["model"] for row in rows}) > 1:
@@ -28,12 +30,12 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     columns.append(("memory", lambda row: _number(row, _memory(row), ".2f", " GB")))
     if any(row["status"] != "done" for row in rows):
         columns.append(("status", lambda row: row["status"]))
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", caption="; ".join(_facts(rows)), caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
     for name, _ in columns:
         table.add_column(name, justify="left" if name in ("model", "method", "setting", "status") else "right")
     for row in rows:
         table.add_row(*(cell(row) for _, cell in columns), style=None if row["status"] == "done" else "red")
-    return table
+    return Group(table, Text("; ".join(_facts(rows)), style="dim"))
 
 
 def _number(row: dict[str, Any], key: str, form: str, unit: str = "") -> str:
