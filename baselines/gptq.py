@@ -1,18 +1,19 @@
-"""GPTQ (Frantar et al., 2023, https://arxiv.org/abs/2210.17323), Algorithm 1, on a grid that is fitted once.
+"""GPTQ (Frantar et al., 2023, https://arxiv.org/abs/2210.17323), Algorithm 1.
 
 Columns are rounded in order; the error of each is made up for by the columns still to come, with the rows of the upper
 Cholesky factor of the inverse Hessian as the weights of that compensation.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from quantease.factor import inverse_factor, raised
 from quantease.grid import Grid, GridSpec
-from quantease.layer import LayerProblem, QuantizedLayer, Unsupported, revive_dead_columns
-
-LARGEST_DAMPING = 100.0  # times the mean diagonal: nothing is left of the Hessian long before that
+from quantease.layer import LayerProblem, QuantizedLayer
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,13 @@ class GPTQ:
             is raised tenfold until it succeeds, and the answer says so.
         block_size: columns whose compensation of later columns is gathered into one matrix product; changes the speed,
             not the result.
+        static_groups: fit the grids of all groups to the original weights. Otherwise a group's grid is fitted when its
+            first column is reached, to the weights as they have been compensated by then, as in the authors' code.
     """
 
     damping: float = 0.01
     block_size: int = 128
+    static_groups: bool = False
 
     def __post_init__(self) -> None:
         if self.damping < 0:
@@ -37,29 +41,30 @@ class GPTQ:
 
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         grid = problem.fit_grid(spec)
-        factor, damping = self._inverse_factor(problem.hessian)
+        factor, damping = inverse_factor(problem.hessian, self.damping)
         weight = problem.weight.T.clone(memory_format=torch.contiguous_format)  # (in, out)
-        for start in range(0, len(weight), self.block_size):
-            stop = min(start + self.block_size, len(weight))
+        first = {} if self.static_groups or grid.scale.shape[1] == 1 else _first_columns(grid.group)
+        for start, stop in self._blocks(len(weight), first):
+            if start in first:
+                group = first[start]
+                grid.refit_group_(group, weight[grid.group == group].T)
             errors = _round_block(weight[start:stop], factor[start:stop, start:stop], grid, start)
             weight[stop:] -= factor[start:stop, stop:].T @ errors
-        notes = () if damping == self.damping else (f"damping raised from {self.damping:g} to {damping:g}",)
-        return QuantizedLayer(grid.encode(weight.T), grid, damping=damping, notes=notes)
+        notes = raised(self.damping, damping)
+        codes = grid.encode(weight.T)
+        return QuantizedLayer(codes, grid, damping=damping, damping_raised=bool(notes), notes=notes)
 
-    def _inverse_factor(self, hessian: Tensor) -> tuple[Tensor, float]:
-        """The upper Cholesky factor of the inverse of the damped Hessian, and the damping that it took."""
-        hessian = revive_dead_columns(hessian)
-        mean, diagonal = hessian.diagonal().mean(), hessian.diagonal().clone()
-        damping = self.damping
-        while damping <= LARGEST_DAMPING:
-            hessian.diagonal().copy_(diagonal + damping * mean)
-            lower, failed = torch.linalg.cholesky_ex(hessian)
-            if not failed:
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-                if not failed and torch.isfinite(upper).all():
-                    return upper, damping
-            damping = max(10 * damping, 1e-4)
-        raise Unsupported(f"the Hessian cannot be factorized, even with damping {LARGEST_DAMPING:g}: is it finite?")
+    def _blocks(self, columns: int, first: dict[int, int]) -> Iterator[tuple[int, int]]:
+        """Blocks of at most `block_size` columns that end where a group begins whose grid is still to be fitted."""
+        return pairwise(sorted({*range(0, columns, self.block_size), *first, columns}))
+
+
+def _first_columns(group: Tensor) -> dict[int, int]:
+    """The column at which each group is first met, in whatever order the columns are, and the group."""
+    places: dict[int, int] = {}
+    for column, number in enumerate(group.tolist()):
+        places.setdefault(number, column)
+    return {column: number for number, column in places.items()}
 
 
 def _round_block(weight: Tensor, factor: Tensor, grid: Grid, start: int) -> Tensor:

@@ -12,6 +12,7 @@ size of a block changes the speed and not the result.
 Everything here is in the transposed layout (in, out), in which a column of the layer is contiguous.
 """
 
+import torch
 from torch import Tensor
 
 from quantease.grid import Grid
@@ -19,7 +20,7 @@ from quantease.grid import Grid
 BLOCK = 64  # columns between two matrix products
 
 
-def sweep(w_hat: Tensor, residual: Tensor, hessian: Tensor, grid: Grid | None) -> None:
+def sweep(w_hat: Tensor, residual: Tensor, hessian: Tensor, grid: Grid | None) -> Tensor:
     """One pass over the columns of `w_hat`, in place; `grid` None leaves the values unrounded (a relaxed sweep).
 
     Args:
@@ -27,7 +28,11 @@ def sweep(w_hat: Tensor, residual: Tensor, hessian: Tensor, grid: Grid | None) -
         residual: (in, out), W - W_hat; kept up to date in place.
         hessian: (in, in), with a positive diagonal.
         grid: the grid to round to.
+
+    Returns:
+        Whether any value has changed, as a tensor, so that only those who ask wait for it.
     """
+    moved = torch.zeros((), dtype=torch.bool, device=w_hat.device)
     curvature = hessian.diagonal().tolist()
     for start in range(0, len(w_hat), BLOCK):
         stop = min(start + BLOCK, len(w_hat))
@@ -35,6 +40,8 @@ def sweep(w_hat: Tensor, residual: Tensor, hessian: Tensor, grid: Grid | None) -
         pull = hessian[start:stop] @ residual  # (block, out), D H for these columns
         _descend(w_hat[start:stop], pull, hessian[start:stop, start:stop], curvature[start:stop], grid, start)
         residual[start:stop] += before.sub_(w_hat[start:stop])
+        moved |= before.any()
+    return moved
 
 
 def _descend(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 FLOAT16_SMALLEST = 2.0**-24  # the smallest positive float16
+SHRINKS = [1 - step / 100 for step in range(80)]  # of the range, that the MSE search tries (GPTQ's authors' code)
+MSE_NORM = 2.4  # the power of the rounding error that it minimizes
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,14 @@ class GridSpec:
         group_size: input columns that share a scale; None: the whole output row does (per-channel).
         symmetric: the zero point is the middle code and is not stored.
         scale_bits: 16 rounds the scales to float16, as they are stored; 32 keeps float32.
+        range: `minmax` covers all weights of a group, `mse` the part of that range with the least rounding error.
     """
 
     bits: int
     group_size: int | None = None
     symmetric: bool = False
     scale_bits: int = 16
+    range: str = "minmax"
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -34,10 +38,17 @@ class GridSpec:
             raise ValueError(f"group_size must be a positive number of columns or null, not {self.group_size}")
         if self.scale_bits not in (16, 32):
             raise ValueError(f"scale_bits must be 16 or 32, not {self.scale_bits}")
+        if self.range not in ("minmax", "mse"):
+            raise ValueError(f"grid_range must be minmax or mse, not {self.range}")
 
     @property
     def max_code(self) -> int:
         return 2**self.bits - 1
+
+    @property
+    def bits_per_group(self) -> float:
+        """What the scale and the zero point of a group take."""
+        return self.scale_bits + (0 if self.symmetric else self.bits)
 
     def divides(self, in_features: int) -> bool:
         """Whether a row of `in_features` columns can be cut into groups of equal size."""
@@ -46,16 +57,23 @@ class GridSpec:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """A fitted grid, `weight = scale * (code - zero)`, for each output row and group of input columns."""
+    """A fitted grid, `weight = scale * (code - zero)`, for each output row and group of input columns.
+
+    Attributes:
+        stored_bits_per_group: bits of the scale and zero point of a group, where they are not what the spec says.
+        whole_zeros: the zero points are whole numbers. Methods with grids of their own may have fractional ones.
+    """
 
     spec: GridSpec
     scale: Tensor  # (out, groups)
-    zero: Tensor  # (out, groups), whole numbers in 0..max_code
+    zero: Tensor  # (out, groups)
     group: Tensor  # (in,), the group that each input column belongs to
+    stored_bits_per_group: float | None = None
+    whole_zeros: bool = True
 
     @classmethod
     def fit(cls, weight: Tensor, spec: GridSpec) -> "Grid":
-        """The min-max grid of `weight` (out, in); zero is always one of its values.
+        """The grid of `weight` (out, in); zero is always one of its values.
 
         Raises:
             ValueError: the group size does not divide the number of columns, or a scale exceeds float16.
@@ -65,21 +83,25 @@ class Grid:
             raise ValueError(f"group_size {spec.group_size} does not divide {in_features} columns")
         group_size = spec.group_size or in_features
         grouped = weight.reshape(out_features, -1, group_size)
-        low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-        if spec.symmetric:
-            high = torch.maximum(-low, high)
-            low = -high
-        scale = _storable((high - low) / spec.max_code, spec)
-        scale = torch.where(low == high, 1.0, scale)  # an all-zero group: any positive scale represents it
-        middle = torch.full_like(scale, (spec.max_code + 1) / 2)
-        zero = middle if spec.symmetric else torch.round(-low / scale).clamp(0, spec.max_code)
+        scale, zero = _fit_mse(grouped, spec) if spec.range == "mse" else _fit_range(grouped, spec, 1.0)
         group = torch.arange(in_features, device=weight.device) // group_size
         return cls(spec, scale, zero, group)
+
+    @property
+    def clipped(self) -> int:
+        """How many scales are as small as their format goes: most would have been smaller."""
+        return int((self.scale <= _smallest(self.spec)).sum())
+
+    def refit_group_(self, group: int, weight: Tensor) -> None:
+        """Fit the scale and zero point of one group anew, in place, to the current weights of its columns (out, n)."""
+        fitted = Grid.fit(weight, replace(self.spec, group_size=None))
+        self.scale[:, group], self.zero[:, group] = fitted.scale[:, 0], fitted.zero[:, 0]
 
     def encode(self, weight: Tensor) -> Tensor:
         """The codes of the nearest grid points to `weight` (out, in), uint8."""
         scale, zero = self.scale[:, self.group], self.zero[:, self.group]
-        return (torch.round(weight / scale) + zero).clamp(0, self.spec.max_code).to(torch.uint8)
+        lowest = zero.floor()
+        return (torch.round(weight / scale + (zero - lowest)) + lowest).clamp(0, self.spec.max_code).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
         """The values (out, in) that `codes` stand for."""
@@ -93,7 +115,9 @@ class Grid:
         else:
             group = self.group[start:stop]
             scale, zero = self.scale.T[group], self.zero.T[group]
-        return Columns(scale.unbind(), (-zero).unbind(), (self.spec.max_code - zero).unbind())
+        lowest = zero.floor()
+        fraction = None if self.whole_zeros else (zero - lowest).unbind()
+        return Columns(scale.unbind(), (-lowest).unbind(), (self.spec.max_code - lowest).unbind(), fraction)
 
     def permuted(self, order: Tensor) -> "Grid":
         """The same grid after its input columns were put into another order."""
@@ -101,10 +125,11 @@ class Grid:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of the codes, and of the scale and zero point of each group, for each weight."""
-        zero_bits = 0 if self.spec.symmetric else self.spec.bits
-        groups, columns = self.scale.shape[1], len(self.group)
-        return self.spec.bits + (self.spec.scale_bits + zero_bits) * groups / columns
+        """Bits of the codes, of the scale and zero point of each group, and of the order where groups are scattered."""
+        (out_features, groups), columns = self.scale.shape, len(self.group)
+        stored = self.spec.bits_per_group if self.stored_bits_per_group is None else self.stored_bits_per_group
+        scattered = bool((self.group.diff() < 0).any())
+        return self.spec.bits + stored * groups / columns + (16 / out_features if scattered else 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,21 +137,59 @@ class Columns:
     """A block of a grid's input columns, one tensor (out,) a column."""
 
     scale: tuple[Tensor, ...]
-    lowest: tuple[Tensor, ...]  # of code - zero
+    lowest: tuple[Tensor, ...]  # of code - floor(zero)
     highest: tuple[Tensor, ...]
+    fraction: tuple[Tensor, ...] | None  # of the zero point; None: it is whole
 
     def round_(self, values: Tensor, column: int) -> Tensor:
         """Replace `values` (out,) of one column by the nearest grid points. Rounds exactly as `Grid.encode` does."""
-        values.div_(self.scale[column]).round_()
-        torch.clamp(values, self.lowest[column], self.highest[column], out=values)
+        values.div_(self.scale[column])
+        if self.fraction:
+            values.add_(self.fraction[column])
+        torch.clamp(values.round_(), self.lowest[column], self.highest[column], out=values)
+        if self.fraction:
+            values.sub_(self.fraction[column])
         return values.mul_(self.scale[column])
 
 
-def _storable(scale: Tensor, spec: GridSpec) -> Tensor:
-    """`scale` as it can be stored in `spec.scale_bits` bits, and above zero."""
-    if spec.scale_bits == 32:
-        return scale.clamp(min=torch.finfo(torch.float32).tiny)
-    stored = scale.half().float()
+def _fit_range(grouped: Tensor, spec: GridSpec, shrink: float) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (out, groups) over `shrink` times the range of the weights (out, groups, group_size)."""
+    low, high = grouped.amin(-1).clamp(max=0) * shrink, grouped.amax(-1).clamp(min=0) * shrink
+    if spec.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    scale = storable((high - low) / spec.max_code, spec.scale_bits).clamp(min=_smallest(spec))
+    scale = torch.where(low == high, 1.0, scale)  # an all-zero group: any positive scale represents it
+    middle = torch.full_like(scale, (spec.max_code + 1) / 2)
+    return scale, middle if spec.symmetric else torch.round(-low / scale).clamp(0, spec.max_code)
+
+
+def _fit_mse(grouped: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    """The shrunken range with the least rounding error in each group."""
+    scale, zero = _fit_range(grouped, spec, 1.0)
+    least = torch.full_like(scale, torch.inf)
+    for shrink in SHRINKS:
+        trial_scale, trial_zero = _fit_range(grouped, spec, shrink)
+        s, z = trial_scale[..., None], trial_zero[..., None]
+        rounded = s * ((torch.round(grouped / s) + z).clamp(0, spec.max_code) - z)
+        error = (rounded - grouped).abs_().pow_(MSE_NORM).sum(-1)
+        better = error < least
+        least = torch.where(better, error, least)
+        scale, zero = torch.where(better, trial_scale, scale), torch.where(better, trial_zero, zero)
+    return scale, zero
+
+
+def _smallest(spec: GridSpec) -> float:
+    return FLOAT16_SMALLEST if spec.scale_bits == 16 else torch.finfo(torch.float32).tiny
+
+
+def storable(values: Tensor, bits: int) -> Tensor:
+    """`values` as they are stored in `bits` bits, 16 (float16) or 32.
+
+    Raises:
+        ValueError: a value is not finite, or too large for float16.
+    """
+    stored = values.half().to(values.dtype) if bits == 16 else values
     if not torch.isfinite(stored).all():
         raise ValueError("a scale is not finite in float16: take scale_bits=32, or look for infinite or NaN weights")
-    return stored.clamp(min=FLOAT16_SMALLEST)
+    return stored

@@ -25,17 +25,39 @@ class LayerProblem:
     weight: Tensor  # (out, in), float32
     hessian: Tensor  # (in, in), float32, symmetric; its overall scale never matters
     order: Tensor | None = None  # (in,), where each column stands in the layer; None: in its place
+    mean_input: Tensor | None = None  # (in,), the mean of |x| over the calibration tokens, for methods that look at it
+    siblings: tuple[Tensor, ...] = ()  # weights of the other layers that receive the same input
 
     def permuted(self, order: Tensor) -> "LayerProblem":
         """The same problem with its input columns in another order."""
-        places = order if self.order is None else self.order[order]
-        return LayerProblem(self.weight[:, order], self.hessian[order][:, order], places)
+        return replace(
+            self,
+            weight=self.weight[:, order],
+            hessian=self.hessian[order][:, order],
+            order=order if self.order is None else self.order[order],
+            mean_input=None if self.mean_input is None else self.mean_input[order],
+            siblings=tuple(weight[:, order] for weight in self.siblings),
+        )
 
-    def fit_grid(self, spec: GridSpec) -> Grid:
-        """The min-max grid of the weight. A group holds neighbors of the layer, in whatever order the columns are."""
+    def scaled(self, scale: Tensor) -> "LayerProblem":
+        """The same problem with column j of the weight multiplied by `scale` (in,), and its input divided by it."""
+        return replace(
+            self,
+            weight=self.weight * scale,
+            hessian=self.hessian / scale / scale[:, None],
+            mean_input=None if self.mean_input is None else self.mean_input / scale,
+            siblings=tuple(weight * scale for weight in self.siblings),
+        )
+
+    def fit_grid(self, spec: GridSpec, weight: Tensor | None = None) -> Grid:
+        """The grid of the weight, or of another `weight` with the columns in the same order.
+
+        A group holds neighbors of the layer, in whatever order the columns of the problem are.
+        """
+        weight = self.weight if weight is None else weight
         if self.order is None:
-            return Grid.fit(self.weight, spec)
-        return Grid.fit(self.weight[:, self.order.argsort()], spec).permuted(self.order)
+            return Grid.fit(weight, spec)
+        return Grid.fit(weight[:, self.order.argsort()], spec).permuted(self.order)
 
     @cached_property
     def energy(self) -> float:
@@ -53,28 +75,73 @@ class LayerProblem:
 
 
 @dataclass(frozen=True, eq=False)
+class Outliers:
+    """Weights that are kept in 16 bits beside the grid, to which they are added.
+
+    Attributes:
+        whole_columns: they fill whole input columns, whose codes need not be stored.
+    """
+
+    rows: Tensor  # (count,)
+    columns: Tensor  # (count,)
+    values: Tensor  # (count,), float32
+    whole_columns: bool = False
+
+    @property
+    def bits(self) -> float:
+        """What the values and their places take: 32 bits an outlier, or 16 bits and 16 more a column."""
+        places = len(self.columns.unique()) if self.whole_columns else len(self.values)
+        return 16 * len(self.values) + 16 * places
+
+    def add_to(self, weight: Tensor) -> Tensor:
+        """`weight` (out, in) with the outliers added in place."""
+        return weight.index_put_((self.rows, self.columns), self.values.to(weight.dtype), accumulate=True)
+
+
+@dataclass(frozen=True, eq=False)
 class QuantizedLayer:
-    """A solver's answer, `weight = grid.decode(codes)`, and what the solver had to do to find it."""
+    """A solver's answer, `weight = grid.decode(codes) / column_scale + outliers`, and what it took to find it."""
 
     codes: Tensor  # (out, in), uint8
     grid: Grid
+    outliers: Outliers | None = None
+    column_scale: Tensor | None = None  # (in,), stored in 16 bits
     damping: float | None = None  # the fraction of the mean Hessian diagonal that was really added to it
+    damping_raised: bool = False  # because the factorization failed with what was asked for
     notes: tuple[str, ...] = ()  # whatever did not go as asked, in words
     history: tuple[float, ...] = ()  # relative error after each sweep, where the solver was told to track it
 
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, float32 (out, in)."""
-        return self.grid.decode(self.codes)
+        weight = self.grid.decode(self.codes)
+        if self.column_scale is not None:
+            weight = weight / self.column_scale
+        return weight if self.outliers is None else self.outliers.add_to(weight)
+
+    @property
+    def outlier_ratio(self) -> float:
+        """The share of the weights that are kept in 16 bits."""
+        return 0.0 if self.outliers is None else len(self.outliers.values) / self.codes.numel()
 
     @property
     def bits_per_weight(self) -> float:
         """Everything that must be stored, in bits, divided by the number of weights."""
-        return self.grid.bits_per_weight
+        bits = self.grid.bits_per_weight
+        if self.outliers is not None:
+            bits += self.outliers.bits / self.codes.numel()
+            if self.outliers.whole_columns:
+                bits -= self.grid.spec.bits * self.outlier_ratio
+        return bits + (0 if self.column_scale is None else 16 / len(self.codes))
 
     def permuted(self, order: Tensor) -> "QuantizedLayer":
         """The same answer with its input columns in another order."""
-        return replace(self, codes=self.codes[:, order], grid=self.grid.permuted(order))
+        outliers = self.outliers
+        if outliers is not None:
+            outliers = replace(outliers, columns=order.argsort()[outliers.columns])
+        scale = None if self.column_scale is None else self.column_scale[order]
+        codes, grid = self.codes[:, order], self.grid.permuted(order)
+        return replace(self, codes=codes, grid=grid, outliers=outliers, column_scale=scale)
 
 
 class LayerSolver(Protocol):
@@ -91,7 +158,7 @@ class LayerSolver(Protocol):
 
 @dataclass(frozen=True)
 class ActOrder:
-    """Any solver, on columns sorted by decreasing Hessian diagonal (act-order). Grid and groups stay the same."""
+    """Any solver, on columns sorted by decreasing Hessian diagonal (act-order). Groups stay those of the layer."""
 
     solver: LayerSolver
 

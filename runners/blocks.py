@@ -118,8 +118,16 @@ class Walk:
         return output[0] if isinstance(output, tuple) else output
 
     def advance(self, index: int) -> None:
-        """Replace the inputs of block `index` by its outputs, batch by batch."""
+        """Replace the inputs of block `index` by its outputs, batch by batch.
+
+        Raises:
+            InputError: they are not finite, so nothing that follows would mean anything.
+        """
         for place, output in enumerate(self.run(index)):
+            if not torch.isfinite(output).all():
+                raise InputError(
+                    f"the activations that leave block {index} are not finite: try model.dtype=bfloat16 or float32"
+                )
             self.hidden[place] = output
 
     def _record(self, batch: Tensor) -> list[Call]:
@@ -151,8 +159,7 @@ class Walk:
 def shared_inputs(walk: Walk, index: int) -> list[tuple[str, ...]]:
     """The linear layers of a block, grouped by the input they share, in the order in which the block uses them.
 
-    Raises:
-        InputError: a layer is not used at all (by the first batch).
+    A layer that the first batch does not use is in no group.
     """
     layers = linear_layers(walk.blocks[index])
     seen: dict[tuple[Any, ...], tuple[Tensor, list[str]]] = {}  # holds the tensors, so that none takes another's memory
@@ -170,28 +177,35 @@ def shared_inputs(walk: Walk, index: int) -> list[tuple[str, ...]]:
     finally:
         for handle in handles:
             handle.remove()
-    groups = [tuple(names) for _, names in seen.values()]
-    if unused := set(layers) - {name for group in groups for name in group}:
-        raise InputError(f"{sorted(unused)[0]} in block {index} is never used, so there is nothing to calibrate it on")
-    return groups
+    return [tuple(names) for _, names in seen.values()]
 
 
-def hessians(walk: Walk, index: int, groups: list[tuple[str, ...]]) -> list[Tensor]:
-    """For each group of layers the Hessian of its input, mean of x x^T over all tokens, float32 (in, in).
+@dataclass(frozen=True)
+class InputStatistics:
+    """What calibration says of the input x of a layer: means over all tokens, float32."""
 
-    Raises:
-        InputError: the activations of a layer are not finite.
-    """
+    hessian: Tensor  # (in, in), of x x^T
+    mean_input: Tensor  # (in,), of |x|
+
+    @property
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self.hessian).all())
+
+
+def input_statistics(walk: Walk, index: int, groups: list[tuple[str, ...]]) -> list[InputStatistics]:
+    """Run block `index` on all batches; for each group of layers the statistics of the input they share."""
     layers = linear_layers(walk.blocks[index])
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
     tokens = 0
 
     def add(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].flatten(0, -2).float()
             if name not in sums:
-                sums[name] = x.new_zeros(x.shape[1], x.shape[1])
-            sums[name].addmm_(x.T, x)
+                sums[name] = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1])
+            hessian, size = sums[name]
+            hessian.addmm_(x.T, x)
+            size.add_(x.abs().sum(0))
 
         return hook
 
@@ -202,12 +216,7 @@ def hessians(walk: Walk, index: int, groups: list[tuple[str, ...]]) -> list[Tens
     finally:
         for handle in handles:
             handle.remove()
-    for name, hessian in sums.items():
-        if not torch.isfinite(hessian).all():
-            raise InputError(
-                f"the activations that enter {name} in block {index} are not finite: try dtype=bfloat16 or float32"
-            )
-    return [sums[group[0]].div_(tokens) for group in groups]
+    return [InputStatistics(*(total.div_(tokens) for total in sums[group[0]])) for group in groups]
 
 
 @contextmanager

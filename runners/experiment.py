@@ -17,7 +17,7 @@ from runners.errors import InputError
 from runners.meter import Meter, environment
 from runners.models import Checkpoint, check_divisibility, load, load_tokenizer, open_checkpoint
 from runners.perplexity import Windows, cut_windows, perplexity, window_losses
-from runners.quantization import LayerRecord, bits_per_weight, quantize
+from runners.quantization import LayerRecord, quantize, refuse_warnings, summary
 from runners.settings import Settings
 from runners.store import METRICS, RunFolder, check_writable
 from runners.tracking import Tracker, track
@@ -98,9 +98,11 @@ def _measure(settings: Settings, folder: RunFolder, state: Progress, tracker: Tr
     model = load(inputs.checkpoint, settings.model, inputs.device)
     metrics: dict[str, Any] = {"status": "done", "parameters": inputs.checkpoint.parameters}
     state.stage = "quantize"
-    metrics |= _quantize(model, settings, inputs, state, tracker)
-    if state.records:
-        folder.write_layers(state.records)
+    try:
+        metrics |= _quantize(model, settings, inputs, state, tracker)
+    finally:
+        if state.records:  # of a run that fails, too: its last rows say how far it came
+            folder.write_layers(state.records)
     state.stage = "evaluate"
     metrics |= _evaluate(model, settings, inputs, folder)
     return metrics
@@ -150,8 +152,9 @@ def _check_vocabulary(largest: int, checkpoint: Checkpoint) -> None:
 
 def _quantize(model: Any, settings: Settings, inputs: Inputs, state: Progress, tracker: Tracker) -> dict[str, Any]:
     if inputs.sequences is None:
-        nothing = {"layers/mean_relative_error": 0.0, "quantize/seconds": 0.0, "quantize/peak_memory_gb": 0.0}
-        return nothing | {"bits_per_weight": float(inputs.checkpoint.stored_bits)}
+        nothing = ("layers/mean_relative_error", "quantize/seconds", "quantize/peak_memory_gb", "outlier_ratio")
+        stored_bits = float(inputs.checkpoint.stored_bits)
+        return dict.fromkeys(nothing, 0.0) | {"bits_per_weight": stored_bits, "bits_per_parameter": stored_bits}
     blocks = decoder_blocks(model)
     total = sum(len(linear_layers(block)) for block in blocks)
     with Meter(inputs.device) as meter, progress("calibrating", total) as step:
@@ -159,6 +162,8 @@ def _quantize(model: Any, settings: Settings, inputs: Inputs, state: Progress, t
         def report(record: LayerRecord) -> None:
             state.records.append(record)
             tracker.layer(record)
+            if settings.warnings == "error":
+                refuse_warnings(record)
             step(f"block {record.block + 1}/{len(blocks)}  {record.layer}")
 
         quantize(
@@ -168,13 +173,10 @@ def _quantize(model: Any, settings: Settings, inputs: Inputs, state: Progress, t
             settings.grid,
             true_sequential=settings.calibration.true_sequential,
             batch_size=settings.batch_size or _batch_size(inputs),
+            stored_bits=inputs.checkpoint.stored_bits,
             report=report,
         )
-    errors = [record.relative_error for record in state.records]
-    return {
-        "bits_per_weight": bits_per_weight(state.records),
-        "layers/mean_relative_error": sum(errors) / len(errors),
-        "layers/count": len(errors),
+    return summary(state.records, inputs.checkpoint.parameters, inputs.checkpoint.stored_bits) | {
         "quantize/seconds": meter.seconds,
         "quantize/peak_memory_gb": meter.peak_memory_gb,
         "calibration/sha256": ids_hash(inputs.sequences),
@@ -235,7 +237,7 @@ def _labels(settings: Settings) -> dict[str, Any]:
         "digest": settings.digest,
     }
     if settings.quantizes:
-        names = ("bits", "group_size", "symmetric", "act_order", "seed")
+        names = ("bits", "group_size", "symmetric", "grid_range", "act_order", "seed")
         labels |= {name: getattr(settings, name) for name in names} | {"calibration": settings.calibration.name}
     return labels
 

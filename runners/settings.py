@@ -34,6 +34,7 @@ class Settings:
     group_size: int | None
     symmetric: bool
     scale_bits: int
+    grid_range: str
     act_order: bool
     seed: int
     study: str
@@ -41,6 +42,7 @@ class Settings:
     data_root: str | None
     device: str | None
     batch_size: int | None
+    warnings: str
     force: bool
 
     def __post_init__(self) -> None:
@@ -48,6 +50,8 @@ class Settings:
             raise ValueError(f"study must be the name of a folder, not {self.study!r}")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
+        if self.warnings not in ("record", "error"):
+            raise ValueError(f"warnings must be record or error, not {self.warnings!r}")
         try:
             torch.device(self.device or "cpu")
         except RuntimeError:
@@ -56,7 +60,7 @@ class Settings:
 
     @property
     def grid(self) -> GridSpec:
-        return GridSpec(self.bits, self.group_size, self.symmetric, self.scale_bits)
+        return GridSpec(self.bits, self.group_size, self.symmetric, self.scale_bits, self.grid_range)
 
     @property
     def quantizes(self) -> bool:
@@ -80,6 +84,10 @@ class Settings:
         if self.quantizes:
             shared = {key: getattr(self, key) for key in ("calibration", "act_order", "seed")}
             identity |= shared | {"grid": self.grid}
+            if (
+                self.warnings == "error"
+            ):  # changes no number, but a run that has only recorded them must not answer for it
+                identity["warnings"] = self.warnings
         identity = plain(identity)
         if self.model.folder is not None:
             identity["model"]["path"] = checkpoint_fingerprint(self.model.folder)  # what is in it, not where it lies

@@ -10,6 +10,8 @@ from rich.text import Text
 
 from runners.settings import Settings
 
+MARK = " †"
+
 
 def results_table(rows: Sequence[dict[str, Any]]) -> Group:
     """One row a run, from its `metrics.json`, and what holds for all. Columns that would say the same are left out."""
@@ -17,7 +19,7 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Group:
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = []
     if len({row["model"] for row in rows}) > 1:
         columns.append(("model", lambda row: row["model"]))
-    columns.append(("method", lambda row: row["method"]))
+    columns.append(("method", lambda row: row["method"] + MARK * _damping_raised(row)))
     columns.append(("bits", lambda row: str(row.get("bits", ""))))
     if any(_setting(row) for row in rows):
         columns.append(("setting", _setting))
@@ -55,7 +57,8 @@ def _setting(row: dict[str, Any]) -> str:
     if "setting" in row:
         return row["setting"]
     group = f"group {row['group_size']}" if row.get("group_size") else ""
-    words = [group, "symmetric" * bool(row.get("symmetric")), "act-order" * bool(row.get("act_order"))]
+    words = [group, "symmetric" * bool(row.get("symmetric")), "mse" * (row.get("grid_range") == "mse")]
+    words.append("act-order" * bool(row.get("act_order")))
     return " ".join(word for word in words if word)
 
 
@@ -68,7 +71,14 @@ def _facts(rows: Sequence[dict[str, Any]]) -> list[str]:
         for key, value in row.items()
         if key.startswith("protocol/")
     }
-    return [*sorted(models), *sorted(protocols)] if len(models) < 2 else sorted(protocols)
+    mark = (
+        [f"{MARK.strip()} damping was raised in some layers, see layers.csv"] if any(map(_damping_raised, rows)) else []
+    )
+    return [*(sorted(models) if len(models) < 2 else []), *sorted(protocols), *mark]
+
+
+def _damping_raised(row: dict[str, Any]) -> bool:
+    return bool(row.get("warnings/damping_raised"))
 
 
 def differences(cells: Sequence[Settings]) -> list[str]:

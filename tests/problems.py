@@ -1,6 +1,7 @@
 """Layer-wise problems for tests: ill-conditioned like real activations, with outlying inputs and dead ones on request."""
 
 import itertools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,16 @@ def random_problem(out_features: int = 32, in_features: int = 128, seed: int = 0
     mixing = torch.randn(in_features, in_features, generator=g)
     sizes = torch.logspace(0, -1.5, in_features)[torch.randperm(in_features, generator=g)]
     inputs = torch.randn(4 * in_features, in_features, generator=g) @ mixing * sizes
-    return LayerProblem(torch.randn(out_features, in_features, generator=g), inputs.T @ inputs)
+    weight = torch.randn(out_features, in_features, generator=g)
+    return LayerProblem(weight, inputs.T @ inputs, mean_input=inputs.abs().mean(0))
+
+
+def with_dead_columns(problem: LayerProblem, dead: list[int]) -> LayerProblem:
+    """The problem with inputs that are always zero."""
+    assert problem.mean_input is not None
+    hessian, mean_input = problem.hessian.clone(), problem.mean_input.clone()
+    hessian[dead], hessian[:, dead], mean_input[dead] = 0, 0, 0
+    return replace(problem, hessian=hessian, mean_input=mean_input)
 
 
 def best_codes(problem: LayerProblem, grid: Grid) -> Tensor:

@@ -130,9 +130,11 @@ def test_experiments_are_swept_with_or_without_a_plus(name: str, monkeypatch: py
     monkeypatch.setattr(cli, "_summarize", cells.extend)
     monkeypatch.setattr(sys, "argv", ["run.py", "-m", name])
     cli.start(lambda: None)
-    assert len(cells) == 15
+    assert len(cells) == 11 * 3 * 2 * 3
+    assert len({cell.digest for cell in cells}) == 10 * 3 * 2 * 3 + 1  # one unquantized reference
     assert {cell.study for cell in cells} == {"tiny"}
     assert {cell.bits for cell in cells} == {2, 3, 4}
+    assert {cell.group_size for cell in cells} == {None, 64}
 
 
 def test_the_command_line_wins_over_an_experiment() -> None:

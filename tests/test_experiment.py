@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ KEYS = {
     "ppl/wikitext2",
     "protocol/wikitext2",
     "bits_per_weight",
+    "bits_per_parameter",
+    "outlier_ratio",
     "layers/mean_relative_error",
     "quantize/seconds",
     "quantize/peak_memory_gb",
@@ -38,8 +41,13 @@ LAYER_COLUMNS = {
     "relative_error",
     "seconds",
     "bits_per_weight",
+    "outlier_ratio",
     "damping",
+    "damping_raised",
     "dead_columns",
+    "clipped_scales",
+    "non_finite",
+    "left_alone",
     "notes",
 }
 
@@ -155,6 +163,40 @@ def test_an_unexpected_error_becomes_a_row_with_stage_and_traceback(
     assert json.loads((settings.folder / "metrics.json").read_text())["status"] == "failed"
     monkeypatch.undo()
     assert run_cell(settings)["status"] == "done"  # a failed run is not a finished one
+
+
+@pytest.fixture
+def with_a_dead_input(model_copy: Path) -> Path:
+    """The toy with an output of the first fc1 that the ReLU leaves at zero for the layer after it."""
+    weights = load_file(model_copy / "model.safetensors")
+    for name in ("weight", "bias"):
+        weights[f"model.decoder.layers.0.fc1.{name}"][7] = 0
+    save_file(weights, model_copy / "model.safetensors", metadata={"format": "pt"})
+    return model_copy
+
+
+def test_warnings_are_counted(toy_settings: ToySettings, with_a_dead_input: Path) -> None:
+    settings = toy_settings("method=rtn", f"model.path={with_a_dead_input}")
+    row = run_cell(settings)
+    assert row["status"] == "done"
+    dead = {
+        (layer["block"], layer["layer"]): int(layer["dead_columns"])
+        for layer in read_csv(settings.folder / "layers.csv")
+    }
+    assert dead["0", "fc2"] >= 1
+    assert row["warnings/dead_columns"] == sum(dead.values())
+    assert row["warnings/left_alone"] == row["warnings/damping_raised"] == row["warnings/non_finite"] == 0
+
+
+def test_warnings_can_be_errors_and_the_layers_so_far_are_kept(
+    toy_settings: ToySettings, with_a_dead_input: Path
+) -> None:
+    settings = toy_settings("method=rtn", f"model.path={with_a_dead_input}", "warnings=error")
+    row = run_cell(settings)
+    assert (row["status"], row["stage"]) == ("failed", "quantize")
+    assert re.fullmatch(r"fc2 in block 0: dead columns: \d+; warnings=record goes on and records it", row["error"])
+    assert read_csv(settings.folder / "layers.csv")[-1]["layer"] == "fc2"
+    assert settings.digest != toy_settings("method=rtn", f"model.path={with_a_dead_input}").digest
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,32 @@ def test_values_by_hand() -> None:
     assert symmetric.encode(weight).tolist() == [[1, 2, 2, 3]]
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_mse_search_finds_the_best_of_80_ranges(symmetric: bool) -> None:
+    """Against a loop over rows, groups and ranges, each grid written out."""
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(2))
+    spec = GridSpec(3, group_size=16, symmetric=symmetric, scale_bits=32, range="mse")
+    grid = Grid.fit(weight, spec)
+    gains = []
+    for row in range(6):
+        for group in range(2):
+            w = weight[row, 16 * group : 16 * group + 16].double()
+            errors = []
+            for percent in range(100, 20, -1):
+                low, high = float(w.min().clamp(max=0)) * percent / 100, float(w.max().clamp(min=0)) * percent / 100
+                if symmetric:
+                    low, high = -max(-low, high), max(-low, high)
+                scale = (high - low) / 7
+                zero = 4 if symmetric else round(-low / scale)
+                rounded = scale * ((w / scale).round().add(zero).clamp(0, 7) - zero)
+                errors.append((float((rounded - w).abs().pow(2.4).sum()), scale, zero))
+            least, scale, zero = min(errors)
+            assert grid.scale[row, group].item() == pytest.approx(scale, rel=1e-5)
+            assert grid.zero[row, group].item() == zero
+            gains.append(1 - least / errors[0][0])
+    assert max(gains) > 0.1
+
+
 def test_each_group_has_its_own_scale() -> None:
     weight = torch.tensor([[0.0, 3.0, 0.0, 30.0]])
     grid = Grid.fit(weight, GridSpec(2, group_size=2))
@@ -81,9 +107,16 @@ def test_bits_per_weight_by_hand(spec: GridSpec, expected: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"bits": 1}, {"bits": 9}, {"bits": 3, "group_size": 0}, {"bits": 3, "scale_bits": 8}]
+    "wrong",
+    [
+        {"bits": 1},
+        {"bits": 9},
+        {"bits": 3, "group_size": 0},
+        {"bits": 3, "scale_bits": 8},
+        {"bits": 3, "range": "best"},
+    ],
 )
-def test_specs_out_of_range_are_refused(wrong: dict[str, int]) -> None:
+def test_specs_out_of_range_are_refused(wrong: dict[str, int | str]) -> None:
     with pytest.raises(ValueError, match="must"):
         GridSpec(**wrong)  # pyright: ignore[reportArgumentType]
 

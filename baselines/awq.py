@@ -1,0 +1,112 @@
+"""AWQ (Lin et al., 2023, https://arxiv.org/abs/2306.00978): activation-aware scaling of the weights, then clipping.
+
+Column j of the weight is multiplied by s_j = mean|x_j|^a before it is rounded and divided by it afterwards, which makes the
+columns finer that meet large inputs; a is searched on a grid of 20. Layers that share an input share s, as it is meant to
+be folded into what produces that input. Then the range of each group is shrunk as far as that lowers the group's error.
+
+The authors measure errors on the outputs of the attention or the block for a sample of tokens; here the error is that of
+the layers' own outputs, and exact for all calibration tokens: tr(D H D^T).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quantease.grid import Grid, GridSpec, storable
+from quantease.layer import LayerProblem, QuantizedLayer, objective
+
+
+@dataclass(frozen=True)
+class AWQ:
+    """The scale search and the clip search.
+
+    Attributes:
+        scale_steps: exponents a = 0, 1/n, ... that are tried.
+        clip_steps: ranges that are tried, from the whole down to `max_shrink` less; 0: no clipping.
+        max_shrink: the share of the range that may be cut off.
+    """
+
+    scale_steps: int = 20
+    clip_steps: int = 20
+    max_shrink: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.scale_steps < 1 or self.clip_steps < 0:
+            raise ValueError("scale_steps must be at least 1, and clip_steps must not be negative")
+        if not 0 < self.max_shrink < 1:
+            raise ValueError(f"max_shrink must lie between 0 and 1, not {self.max_shrink}")
+
+    def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
+        scale = self._best_scale(problem, spec)
+        problem = problem.scaled(scale)
+        grid = self._clip(problem, problem.fit_grid(spec), spec)
+        return QuantizedLayer(grid.encode(problem.weight), grid, column_scale=scale)
+
+    def _clip(self, problem: LayerProblem, whole: Grid, spec: GridSpec) -> Grid:
+        """For each row and group the range with the least error of that group's own part of the output."""
+        grid, errors = whole, _group_errors(problem, whole)
+        for step in range(1, self.clip_steps):
+            limit = 1 - self.max_shrink * step / self.clip_steps
+            trial = problem.fit_grid(spec, _clipped(problem.weight, whole, limit))
+            trial_errors = _group_errors(problem, trial)
+            grid = _choose(trial_errors < errors, trial, grid)
+            errors = torch.minimum(errors, trial_errors)
+        # The groups were taken each on its own: undo it in rows whose whole error has risen.
+        return _choose((_row_errors(problem, grid) <= _row_errors(problem, whole))[:, None], grid, whole)
+
+    def _best_scale(self, problem: LayerProblem, spec: GridSpec) -> Tensor:
+        """The scale (in,) with the least error over all layers that share the input; the first of equals."""
+        if problem.mean_input is None:
+            raise ValueError("AWQ needs the mean of |x| of every input: LayerProblem.mean_input")
+        best, least = torch.ones_like(problem.mean_input), torch.inf
+        for step in range(self.scale_steps):
+            scale = _scale(problem.mean_input, step / self.scale_steps)
+            scaled = problem.scaled(scale)
+            error = 0.0
+            for weight in (scaled.weight, *scaled.siblings):
+                grid = scaled.fit_grid(spec, weight)
+                error += objective(grid.decode(grid.encode(weight)) - weight, scaled.hessian)
+            if error < least:
+                best, least = scale, error
+        return best
+
+
+def _scale(mean_input: Tensor, exponent: float) -> Tensor:
+    """mean|x|^a, normalized so that the largest and the smallest are each other's inverse, as it is stored."""
+    scale = mean_input.clamp(min=1e-4 * float(mean_input.mean()) + 1e-30).pow(exponent)
+    return storable((scale / (scale.max() * scale.min()).sqrt()).clamp(1e-4, 6e4), 16)
+
+
+def _clipped(weight: Tensor, grid: Grid, limit: float) -> Tensor:
+    """`weight` (out, in) with each row and group clamped to `limit` times its largest magnitude."""
+    bound = limit * weight.abs()[:, _columns(grid)].amax(-1)[:, grid.group]
+    return weight.clamp(-bound, bound)
+
+
+def _columns(grid: Grid) -> Tensor:
+    """(groups, group_size): the columns of each group."""
+    return grid.group.argsort(stable=True).view(grid.scale.shape[1], -1)
+
+
+def _choose(condition: Tensor, first: Grid, second: Grid) -> Grid:
+    """The grid that is `first` where `condition` (out, groups) holds and `second` elsewhere."""
+    scale, zero = torch.where(condition, first.scale, second.scale), torch.where(condition, first.zero, second.zero)
+    return replace(first, scale=scale, zero=zero)
+
+
+def _group_errors(problem: LayerProblem, grid: Grid) -> Tensor:
+    """(out, groups): d_g H_gg d_g^T for the part d_g of a row's rounding error that lies in group g."""
+    columns = _columns(grid)
+    part = _error(problem, grid).T[columns]  # (groups, group_size, out)
+    within = problem.hessian[columns[:, :, None], columns[:, None, :]]
+    return (part * (within @ part)).sum(1).T
+
+
+def _row_errors(problem: LayerProblem, grid: Grid) -> Tensor:
+    difference = _error(problem, grid)
+    return (difference @ problem.hessian * difference).sum(1)
+
+
+def _error(problem: LayerProblem, grid: Grid) -> Tensor:
+    return grid.decode(grid.encode(problem.weight)) - problem.weight

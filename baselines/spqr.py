@@ -1,0 +1,205 @@
+"""SpQR (Dettmers et al., 2023, https://arxiv.org/abs/2306.03078), Algorithm 1, with its authors' code where that says more.
+
+GPTQ on very small groups whose scales and zero points are themselves quantized in second-level groups, and with the
+weights that would cost most to quantize kept in 16 bits. Average bits of a weight, Section 4.3 of the paper:
+b + (b_scale + b_zero) / g + 64 / (g g2) + 32 r, where r is the share of outliers.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quantease.factor import inverse_factor, raised
+from quantease.grid import MSE_NORM, SHRINKS, Grid, GridSpec
+from quantease.layer import ActOrder, LayerProblem, Outliers, QuantizedLayer
+
+SMALLEST = 1e-9  # a scale that is quantized to zero (in the authors' code, too)
+BISECTIONS = 16
+NEAR_ENOUGH = 0.02  # of the wanted share of outliers
+
+
+@dataclass(frozen=True)
+class SpQR:
+    """Algorithm 1. The bits of a code are the run's, and so is the group size where the run sets one.
+
+    Symmetric grids and shrunken (mse) ranges, which the paper does not have, are there to be compared on equal terms.
+
+    Attributes:
+        group_size: columns of a first-level group, where the run leaves that open.
+        scale_bits: bits of a first-level scale.
+        zero_bits: bits of a first-level zero point.
+        second_group_size: rows whose first-level scales (and zero points) are quantized together.
+        threshold: keep a weight if that lowers the squared error by more than this times the mean over all columns of
+            var(w) / [H^-1 factor]^2.
+        outlier_ratio: the share of outliers to hit, by bisection on the threshold; None: take the threshold as it is.
+        damping: fraction of the mean Hessian diagonal that is added to the diagonal, raised as in GPTQ.
+        act_order: sort the columns by decreasing Hessian diagonal, and group them in that order.
+    """
+
+    group_size: int = 16
+    scale_bits: int = 3
+    zero_bits: int = 3
+    second_group_size: int = 16
+    threshold: float = 0.2
+    outlier_ratio: float | None = None
+    damping: float = 1.0
+    act_order: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("group_size", "scale_bits", "zero_bits", "second_group_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.threshold <= 0 or self.damping < 0:
+            raise ValueError("threshold must be positive, and damping must not be negative")
+        if self.outlier_ratio is not None and not 0 <= self.outlier_ratio < 1:
+            raise ValueError(f"outlier_ratio must lie in 0 to 1, or be null, not {self.outlier_ratio}")
+
+    def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
+        if self.act_order:
+            return ActOrder(replace(self, act_order=False)).solve(problem, spec)
+        factor, damping = inverse_factor(problem.hessian, self.damping)
+        alive = problem.hessian.diagonal() > 0
+        solve = self._solve if self.outlier_ratio is None else self._hit_ratio
+        answer = solve(problem.weight, factor, alive, spec)
+        notes = answer.notes + raised(self.damping, damping)
+        return replace(answer, damping=damping, damping_raised=damping != self.damping, notes=notes)
+
+    def _hit_ratio(self, weight: Tensor, factor: Tensor, alive: Tensor, spec: GridSpec) -> QuantizedLayer:
+        """The answer whose share of outliers is nearest to the wanted one: fewer the higher the threshold."""
+        wanted = self.outlier_ratio or 0.0
+        if wanted == 0:
+            return replace(self, threshold=math.inf)._solve(weight, factor, alive, spec)
+        tolerance = max(NEAR_ENOUGH * wanted, 1 / weight.numel())
+        low, high = math.log(1e-6), math.log(1e6)
+        best: QuantizedLayer | None = None
+        for _ in range(BISECTIONS):
+            threshold = (low + high) / 2
+            answer = replace(self, threshold=math.exp(threshold))._solve(weight, factor, alive, spec)
+            if best is None or abs(answer.outlier_ratio - wanted) < abs(best.outlier_ratio - wanted):
+                best = answer
+            if abs(answer.outlier_ratio - wanted) <= tolerance:
+                break
+            low, high = (threshold, high) if answer.outlier_ratio > wanted else (low, threshold)
+        assert best is not None
+        far = abs(best.outlier_ratio - wanted) > tolerance
+        return replace(best, notes=(f"{best.outlier_ratio:.3%} outliers instead of {wanted:.3%}",)) if far else best
+
+    def _solve(self, weight: Tensor, factor: Tensor, alive: Tensor, spec: GridSpec) -> QuantizedLayer:
+        """One pass over the columns, in groups, with the present threshold."""
+        group_size = min(spec.group_size or self.group_size, weight.shape[1])
+        pivot = factor.diagonal()
+        limit = self.threshold * _mean_cost(weight, pivot)
+        remaining = weight.clone()
+        codes, values = torch.zeros_like(weight), torch.zeros_like(weight)
+        kept = torch.zeros_like(weight, dtype=torch.bool)
+        scales, zeros = [], []
+        for start in range(0, weight.shape[1], group_size):
+            stop = min(start + group_size, weight.shape[1])
+            scale, zero = self._fit(_without_outliers(remaining[:, start:stop], pivot[start:stop], limit, spec), spec)
+            errors = torch.zeros_like(remaining[:, start:stop])
+            for j in range(start, stop):
+                column = remaining[:, j].clone()
+                _, value = _round(column, scale, zero, spec)
+                kept[:, j] = (((column - value) / pivot[j]).square() > limit) & alive[j]
+                code, grid_value = _round(torch.where(kept[:, j], 0.0, column), scale, zero, spec)
+                values[:, j] = torch.where(kept[:, j], column.half().float() - grid_value, 0.0)  # w itself is stored
+                codes[:, j] = code
+                errors[:, j - start] = torch.where(kept[:, j], 0.0, column - value) / pivot[j]
+                remaining[:, j + 1 : stop].addr_(errors[:, j - start], factor[j, j + 1 : stop], alpha=-1)
+            remaining[:, stop:] -= errors @ factor[start:stop, stop:]
+            scales.append(scale)
+            zeros.append(zero)
+        group = torch.arange(weight.shape[1], device=weight.device) // group_size
+        scale, zero = torch.stack(scales, 1), torch.stack(zeros, 1)
+        stored = self._bits_per_group(len(weight), spec)
+        grid = Grid(spec, scale, zero, group, stored_bits_per_group=stored, whole_zeros=spec.symmetric)
+        rows, columns = kept.nonzero(as_tuple=True)
+        outliers = Outliers(rows, columns, values[rows, columns]) if len(rows) else None
+        return QuantizedLayer(codes.to(torch.uint8), grid, outliers)
+
+    def _fit(self, group: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+        """The two-level scale and zero point (out,) of the weights of one group (out, n)."""
+        scale, zero = _fit_mse(group, spec) if spec.range == "mse" else _range(group, spec)
+        scale = _quantize_statistics(scale, self.scale_bits, self.second_group_size).clamp(min=SMALLEST)
+        return scale, zero if spec.symmetric else _quantize_statistics(zero, self.zero_bits, self.second_group_size)
+
+    def _bits_per_group(self, rows: int, spec: GridSpec) -> float:
+        """What the scale and the zero point of a first-level group take, with their part of the second level."""
+        second_level = 32 * math.ceil(rows / self.second_group_size) / rows
+        return self.scale_bits + second_level + (0 if spec.symmetric else self.zero_bits + second_level)
+
+
+def _range(values: Tensor, spec: GridSpec, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Scale and (fractional) zero point of `shrink` times the range of `values` along the last dimension.
+
+    Unlike the shared grid's, the range of an asymmetric one need not contain zero.
+    """
+    low, high = values.amin(-1) * shrink, values.amax(-1) * shrink
+    if spec.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    constant = low == high  # its one value must be represented
+    scale = torch.where(constant, low.abs(), (high - low) / spec.max_code)
+    scale = torch.where(scale == 0, 1.0, scale)
+    return scale, torch.full_like(scale, (spec.max_code + 1) / 2) if spec.symmetric else -low / scale
+
+
+def _fit_mse(group: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    """The shrunken range with the least rounding error of each row, as on the shared grid."""
+    best = _range(group, spec)
+    least = torch.full_like(best[0], torch.inf)
+    for shrink in SHRINKS:
+        scale, zero = _range(group, spec, shrink)
+        _, rounded = _round(group, scale[:, None], zero[:, None], spec)
+        error = (rounded - group).abs().pow(MSE_NORM).sum(-1)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = torch.where(better, scale, best[0]), torch.where(better, zero, best[1])
+    return best
+
+
+def _round(values: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    """Codes and values of the nearest points of a grid with fractional zero points."""
+    codes = torch.round(values / scale + zero).clamp(0, spec.max_code)
+    return codes, scale * (codes - zero)
+
+
+def _quantize_statistics(values: Tensor, bits: int, group_size: int) -> Tensor:
+    """`values` (out,) as they are stored: `bits` bits each, with a float16 scale and minimum a second-level group."""
+    groups = []
+    for group in values.split(group_size):
+        low, high = group.min(), group.max()
+        step = ((high - low) / (2**bits - 1)).half().float()
+        low = low.half().float()
+        codes = torch.round((group - low) / step).clamp(0, 2**bits - 1) if step > 0 else torch.zeros_like(group)
+        groups.append(low + step * codes)
+    return torch.cat(groups)
+
+
+def _mean_cost(weight: Tensor, pivot: Tensor) -> float:
+    variance = weight.var(dim=0, correction=min(1, len(weight) - 1))
+    return (variance / pivot.square()).mean().item()
+
+
+def _without_outliers(group: Tensor, pivot: Tensor, limit: float, spec: GridSpec) -> Tensor:
+    """The weights of a group (out, n) with the likely outliers replaced by the mean of the others.
+
+    A weight is one if the error of the group falls by more than `limit` when it is left out.
+    """
+    count = group.shape[1]
+    if not math.isfinite(limit) or count == 1:
+        return group
+    others = torch.stack([torch.cat([torch.arange(i), torch.arange(i + 1, count)]) for i in range(count)])
+    others = others.to(group.device)
+    left_out = _error(group[:, others], pivot[others], spec)  # (out, n)
+    keep = (_error(group, pivot, spec)[:, None] - left_out <= limit).to(group.dtype)
+    mean = (group * keep).sum(1, keepdim=True) / keep.sum(1, keepdim=True).clamp(min=1)
+    return group * keep + mean * (1 - keep)
+
+
+def _error(values: Tensor, pivot: Tensor, spec: GridSpec) -> Tensor:
+    """The weighted squared error of rounding `values` to the range of its last dimension."""
+    scale, zero = (statistic[..., None] for statistic in _range(values, spec))
+    return ((_round(values, scale, zero, spec)[1] - values) / pivot).square().sum(-1)
