@@ -235,6 +235,7 @@ def _labels(settings: Settings) -> dict[str, Any]:
         "model": settings.model.name,
         "study": settings.study,
         "digest": settings.digest,
+        "series": settings.series,
     }
     if settings.quantizes:
         names = ("bits", "group_size", "symmetric", "grid_range", "act_order", "seed")

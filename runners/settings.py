@@ -104,7 +104,12 @@ class Settings:
     @cached_property
     def digest(self) -> str:
         """Ten hexadecimal digits that name everything that can change a number."""
-        return sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:10]
+        return _digest(self.identity())
+
+    @property
+    def series(self) -> str:
+        """The same but for the seed: runs of one series are repetitions of each other."""
+        return _digest({key: value for key, value in self.identity().items() if key != "seed"})
 
     @property
     def run_name(self) -> str:
@@ -144,3 +149,7 @@ class Settings:
             raise unknown_setting("method", unknown[0], [])
         solver = build(LayerSolver, method, "method") if target is not None else None
         return build(cls, tree | {"method": Method(name, solver)}, "")
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]

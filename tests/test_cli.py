@@ -181,3 +181,11 @@ def test_the_digest_names_what_changes_a_number_and_nothing_else() -> None:
     changes += ["calibration=c4", "calibration.num_sequences=64", "evaluation=stdlib_docs", "model.sequence_length=128"]
     digests = [digest(), *(digest(change) for change in changes)]
     assert len(set(digests)) == len(digests)
+
+
+def test_runs_of_a_series_differ_in_nothing_but_the_seed() -> None:
+    def series(*overrides: str) -> str:
+        return check(list(overrides), multirun=False)[0].series
+
+    assert series("seed=1") == series() == series("seed=2", "device=cpu")
+    assert len({series(), series("bits=4"), series("method.num_iters=9"), series("calibration.num_sequences=64")}) == 4
