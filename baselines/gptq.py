@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from quantease.factor import inverse_factor, raised
-from quantease.grid import Grid, GridSpec
+from quantease.grid import GridSpec
+from quantease.kernels import run_block
 from quantease.layer import LayerProblem, QuantizedLayer
 
 
@@ -41,18 +42,22 @@ class GPTQ:
 
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         grid = problem.fit_grid(spec)
-        factor, damping = inverse_factor(problem.hessian, self.damping)
-        weight = problem.weight.T.clone(memory_format=torch.contiguous_format)  # (in, out)
+        factor, damping = inverse_factor(problem, self.damping)
+        coupling = factor.div_(-factor.diagonal()[:, None])
+        weight = problem.weight.T.clone(memory_format=torch.contiguous_format)  # (in, out), compensated as it goes
+        values = torch.empty_like(weight)
+        columns = grid.columns()
         first = {} if self.static_groups or grid.scale.shape[1] == 1 else _first_columns(grid.group)
         for start, stop in self._blocks(len(weight), first):
+            here, later = slice(start, stop), slice(stop, None)
             if start in first:
                 group = first[start]
                 grid.refit_group_(group, weight[grid.group == group].T)
-            errors = _round_block(weight[start:stop], factor[start:stop, start:stop], grid, start)
-            weight[stop:] -= factor[start:stop, stop:].T @ errors
+                columns.scale[group], columns.zero[group] = grid.scale[:, group], grid.zero[:, group]
+            run_block(values[here], weight[here], coupling[here, here], columns[here])
+            weight[later].addmm_(coupling[here, later].T, weight[here], alpha=-1)
         notes = raised(self.damping, damping)
-        codes = grid.encode(weight.T)
-        return QuantizedLayer(codes, grid, damping=damping, damping_raised=bool(notes), notes=notes)
+        return QuantizedLayer(grid.encode(values.T), grid, damping=damping, damping_raised=bool(notes), notes=notes)
 
     def _blocks(self, columns: int, first: dict[int, int]) -> Iterator[tuple[int, int]]:
         """Blocks of at most `block_size` columns that end where a group begins whose grid is still to be fitted."""
@@ -65,15 +70,3 @@ def _first_columns(group: Tensor) -> dict[int, int]:
     for column, number in enumerate(group.tolist()):
         places.setdefault(number, column)
     return {column: number for number, column in places.items()}
-
-
-def _round_block(weight: Tensor, factor: Tensor, grid: Grid, start: int) -> Tensor:
-    """Round the columns of one block (block, out) in place; returns their errors over the factor's diagonal."""
-    columns = grid.columns(start, start + len(weight))
-    errors = torch.empty_like(weight)
-    for j, pivot in enumerate(factor.diagonal().tolist()):
-        rounded = columns.round_(weight[j].clone(), j)
-        errors[j] = (weight[j] - rounded) / pivot
-        weight[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
-        weight[j] = rounded
-    return errors

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from quantease.factor import inverse_factor, raised
 from quantease.grid import MSE_NORM, SHRINKS, Grid, GridSpec
+from quantease.kernels import Columns, run_block
+from quantease.kernels.plain import nearest
 from quantease.layer import ActOrder, LayerProblem, Outliers, QuantizedLayer
 
 SMALLEST = 1e-9  # a scale that is quantized to zero (in the authors' code, too)
@@ -59,7 +61,7 @@ class SpQR:
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         if self.act_order:
             return ActOrder(replace(self, act_order=False)).solve(problem, spec)
-        factor, damping = inverse_factor(problem.hessian, self.damping)
+        factor, damping = inverse_factor(problem, self.damping)
         alive = problem.hessian.diagonal() > 0
         solve = self._solve if self.outlier_ratio is None else self._hit_ratio
         answer = solve(problem.weight, factor, alive, spec)
@@ -90,34 +92,28 @@ class SpQR:
         """One pass over the columns, in groups, with the present threshold."""
         group_size = min(spec.group_size or self.group_size, weight.shape[1])
         pivot = factor.diagonal()
-        limit = self.threshold * _mean_cost(weight, pivot)
-        remaining = weight.clone()
-        codes, values = torch.zeros_like(weight), torch.zeros_like(weight)
-        kept = torch.zeros_like(weight, dtype=torch.bool)
+        coupling = factor / -pivot[:, None]
+        threshold = self.threshold * _mean_cost(weight, pivot)
+        limit = torch.where(alive, threshold * pivot.square(), torch.inf)
+        remaining = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out), compensated as it goes
+        values = torch.empty_like(remaining)
+        codes, kept = torch.empty_like(remaining, dtype=torch.uint8), torch.empty_like(remaining, dtype=torch.bool)
         scales, zeros = [], []
-        for start in range(0, weight.shape[1], group_size):
-            stop = min(start + group_size, weight.shape[1])
-            scale, zero = self._fit(_without_outliers(remaining[:, start:stop], pivot[start:stop], limit, spec), spec)
-            errors = torch.zeros_like(remaining[:, start:stop])
-            for j in range(start, stop):
-                column = remaining[:, j].clone()
-                _, value = _round(column, scale, zero, spec)
-                kept[:, j] = (((column - value) / pivot[j]).square() > limit) & alive[j]
-                code, grid_value = _round(torch.where(kept[:, j], 0.0, column), scale, zero, spec)
-                values[:, j] = torch.where(kept[:, j], column.half().float() - grid_value, 0.0)  # w itself is stored
-                codes[:, j] = code
-                errors[:, j - start] = torch.where(kept[:, j], 0.0, column - value) / pivot[j]
-                remaining[:, j + 1 : stop].addr_(errors[:, j - start], factor[j, j + 1 : stop], alpha=-1)
-            remaining[:, stop:] -= errors @ factor[start:stop, stop:]
+        for start in range(0, len(remaining), group_size):
+            here, later = slice(start, start + group_size), slice(start + group_size, None)
+            inliers = _without_outliers(remaining[here].T, pivot[here], threshold, spec)
+            scale, zero = self._fit(inliers, spec)
+            group = torch.zeros(len(remaining[here]), dtype=torch.int32, device=weight.device)
+            columns = Columns(scale[None], zero[None], group, spec.max_code)
+            run_block(values[here], remaining[here], coupling[here, here], columns, limit=limit[here])
+            remaining[later].addmm_(coupling[here, later].T, remaining[here], alpha=-1)
+            codes[here], kept[here] = _encode(values[here], scale, zero, limit[here], spec)
             scales.append(scale)
             zeros.append(zero)
         group = torch.arange(weight.shape[1], device=weight.device) // group_size
-        scale, zero = torch.stack(scales, 1), torch.stack(zeros, 1)
         stored = self._bits_per_group(len(weight), spec)
-        grid = Grid(spec, scale, zero, group, stored_bits_per_group=stored, whole_zeros=spec.symmetric)
-        rows, columns = kept.nonzero(as_tuple=True)
-        outliers = Outliers(rows, columns, values[rows, columns]) if len(rows) else None
-        return QuantizedLayer(codes.to(torch.uint8), grid, outliers)
+        grid = Grid(spec, torch.stack(scales, 1), torch.stack(zeros, 1), group, stored_bits_per_group=stored)
+        return QuantizedLayer(codes.T.contiguous(), grid, _outliers(values.T, kept.T, codes.T, grid))
 
     def _fit(self, group: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
         """The two-level scale and zero point (out,) of the weights of one group (out, n)."""
@@ -152,7 +148,7 @@ def _fit_mse(group: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
     least = torch.full_like(best[0], torch.inf)
     for shrink in SHRINKS:
         scale, zero = _range(group, spec, shrink)
-        _, rounded = _round(group, scale[:, None], zero[:, None], spec)
+        rounded = _round(group, scale[:, None], zero[:, None], spec)
         error = (rounded - group).abs().pow(MSE_NORM).sum(-1)
         better = error < least
         least = torch.where(better, error, least)
@@ -160,10 +156,29 @@ def _fit_mse(group: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
     return best
 
 
-def _round(values: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
-    """Codes and values of the nearest points of a grid with fractional zero points."""
-    codes = torch.round(values / scale + zero).clamp(0, spec.max_code)
-    return codes, scale * (codes - zero)
+def _round(values: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:
+    """The nearest points of a grid with fractional zero points."""
+    codes, fraction = nearest(values, scale, zero, spec.max_code)
+    return (codes - fraction) * scale
+
+
+def _encode(values: Tensor, scale: Tensor, zero: Tensor, limit: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    """The codes (n, out) of one group, that of zero for outliers, and which values (n, out) are outliers."""
+    kept = (values - _round(values, scale, zero, spec)).square() > limit[
+        :, None
+    ]  # what was rounded is its own rounding
+    codes, _ = nearest(torch.where(kept, 0.0, values), scale, zero, spec.max_code)
+    return (codes + zero.floor()).to(torch.uint8), kept
+
+
+def _outliers(values: Tensor, kept: Tensor, codes: Tensor, grid: Grid) -> Outliers | None:
+    """The kept weights in 16 bits, less what their codes stand for."""
+    rows, columns = kept.nonzero(as_tuple=True)
+    if not len(rows):
+        return None
+    group = grid.group[columns]
+    beside = grid.scale[rows, group] * (codes[rows, columns] - grid.zero[rows, group])
+    return Outliers(rows, columns, values[rows, columns].half().to(values.dtype) - beside)
 
 
 def _quantize_statistics(values: Tensor, bits: int, group_size: int) -> Tensor:
@@ -171,8 +186,8 @@ def _quantize_statistics(values: Tensor, bits: int, group_size: int) -> Tensor:
     groups = []
     for group in values.split(group_size):
         low, high = group.min(), group.max()
-        step = ((high - low) / (2**bits - 1)).half().float()
-        low = low.half().float()
+        step = ((high - low) / (2**bits - 1)).half().to(group.dtype)
+        low = low.half().to(group.dtype)
         codes = torch.round((group - low) / step).clamp(0, 2**bits - 1) if step > 0 else torch.zeros_like(group)
         groups.append(low + step * codes)
     return torch.cat(groups)
@@ -202,4 +217,4 @@ def _without_outliers(group: Tensor, pivot: Tensor, limit: float, spec: GridSpec
 def _error(values: Tensor, pivot: Tensor, spec: GridSpec) -> Tensor:
     """The weighted squared error of rounding `values` to the range of its last dimension."""
     scale, zero = (statistic[..., None] for statistic in _range(values, spec))
-    return ((_round(values, scale, zero, spec)[1] - values) / pivot).square().sum(-1)
+    return ((_round(values, scale, zero, spec) - values) / pivot).square().sum(-1)

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from quantease.grid import Grid
+from quantease.kernels import run_block
+from quantease.layer import LayerProblem
 
-BLOCK = 64  # columns between two matrix products
+CPU_BLOCK = 128  # columns between two matrix products
+CUDA_BLOCK = 512
 
 
-def sweep(w_hat: Tensor, residual: Tensor, hessian: Tensor, grid: Grid | None) -> Tensor:
+def sweep(w_hat: Tensor, residual: Tensor, hessian: Tensor, grid: Grid | None, watch: "Watch | None" = None) -> None:
     """One pass over the columns of `w_hat`, in place; `grid` None leaves the values unrounded (a relaxed sweep).
 
     Args:
@@ -28,36 +31,61 @@ def sweep(w_hat: Tensor, residual: Tensor, hessian: Tensor, grid: Grid | None) -
         residual: (in, out), W - W_hat; kept up to date in place.
         hessian: (in, in), with a positive diagonal.
         grid: the grid to round to.
-
-    Returns:
-        Whether any value has changed, as a tensor, so that only those who ask wait for it.
+        watch: is told whether any value changes.
     """
-    moved = torch.zeros((), dtype=torch.bool, device=w_hat.device)
-    curvature = hessian.diagonal().tolist()
-    for start in range(0, len(w_hat), BLOCK):
-        stop = min(start + BLOCK, len(w_hat))
-        before = w_hat[start:stop].clone()
-        pull = hessian[start:stop] @ residual  # (block, out), D H for these columns
-        _descend(w_hat[start:stop], pull, hessian[start:stop, start:stop], curvature[start:stop], grid, start)
-        residual[start:stop] += before.sub_(w_hat[start:stop])
-        moved |= before.any()
-    return moved
+    curvature = hessian.diagonal().contiguous()
+    columns = grid.columns() if grid else None
+    block = CUDA_BLOCK if w_hat.is_cuda else CPU_BLOCK
+    for start in range(0, len(w_hat), block):
+        here = slice(start, min(start + block, len(w_hat)))
+        work = hessian[here] @ residual  # (block, out), D H for these columns
+        run_block(w_hat[here], work, hessian[here, here], columns[here] if columns else None, curvature[here])
+        residual[here] -= work  # which now holds the steps
+        if watch:
+            watch.moved |= work.any()
+    if watch:
+        watch.next_sweep()
 
 
-def _descend(
-    w_hat: Tensor, pull: Tensor, hessian: Tensor, curvature: list[float], grid: Grid | None, start: int
-) -> None:
-    """Update the columns of one block in order; `pull` is brought up to date for the columns still to come."""
-    columns = grid.columns(start, start + len(w_hat)) if grid else None
-    values, pulls, couplings = (
-        w_hat.unbind(),
-        pull.unbind(),
-        hessian.unbind(),
-    )  # views: indexing costs as much as the work
-    for j, scale in enumerate(curvature):
-        new = values[j].add(pulls[j], alpha=1 / scale)
-        if columns:
-            columns.round_(new, j)
-        step = new - values[j]
-        values[j].copy_(new)
-        pull[j + 1 :].addr_(couplings[j][j + 1 :], step, alpha=-1)
+class Watch:
+    """Whether sweeps still change anything.
+
+    On a GPU the answer is that of the sweep before the last, so that it has a sweep to do while the answer travels.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.moved = torch.zeros((), dtype=torch.bool, device=device)
+        self._answers: list[tuple[Tensor, torch.cuda.Event | None]] = []
+
+    def next_sweep(self) -> None:
+        """End a sweep."""
+        event = torch.cuda.Event() if self.moved.is_cuda else None
+        answer = torch.empty((), dtype=torch.bool, pin_memory=event is not None)
+        answer.copy_(self.moved, non_blocking=True)
+        if event:
+            event.record()
+        self._answers.append((answer, event))
+        self.moved.zero_()
+
+    def settled(self) -> bool:
+        """Whether a sweep changed nothing; then none of the rest would."""
+        lag = 2 if self.moved.is_cuda else 1
+        if len(self._answers) < lag:
+            return False
+        answer, event = self._answers[-lag]
+        if event:
+            event.synchronize()
+        return not answer
+
+
+def revived_hessian(problem: LayerProblem) -> Tensor:
+    """The Hessian; a copy in which inputs that are always zero have unit curvature, if there are any.
+
+    Such a column cannot change the output, so every solver then rounds it to nearest.
+    """
+    if not problem.dead_columns:
+        return problem.hessian
+    hessian = problem.hessian.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    return hessian

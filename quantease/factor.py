@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from quantease.layer import Unsupported, revive_dead_columns
+from quantease.layer import LayerProblem, Unsupported
 
 LARGEST_DAMPING = 100.0  # times the mean diagonal: nothing is left of the Hessian long before that
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """The upper Cholesky factor of the inverse of the damped Hessian, and the damping that it took.
+def inverse_factor(problem: LayerProblem, damping: float) -> tuple[Tensor, float]:
+    """The upper Cholesky factor (in, in) of the inverse of the damped Hessian, and the damping that it took.
 
     Args:
         damping: fraction of the mean diagonal that is added to the diagonal. Where the factorization fails it is raised
@@ -18,17 +18,28 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     Raises:
         Unsupported: no damping helps.
     """
-    hessian = revive_dead_columns(hessian)
-    mean, diagonal = hessian.diagonal().mean(), hessian.diagonal().clone()
+    diagonal = problem.hessian.diagonal()
+    diagonal = torch.where(diagonal == 0, 1.0, diagonal)  # an input that is always zero: its weights are only rounded
     while damping <= LARGEST_DAMPING:
-        hessian.diagonal().copy_(diagonal + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(hessian)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and torch.isfinite(upper).all():
-                return upper, damping
+        factor = _factor(problem.hessian, diagonal + damping * diagonal.mean())
+        if factor is not None:
+            return factor, damping
         damping = max(10 * damping, 1e-4)
     raise Unsupported(f"the Hessian cannot be factorized, even with damping {LARGEST_DAMPING:g}: is it finite?")
+
+
+def _factor(hessian: Tensor, diagonal: Tensor) -> Tensor | None:
+    """The factor for the Hessian with this diagonal, or None where there is none in the precision at hand."""
+    hessian = hessian.clone()
+    hessian.diagonal().copy_(diagonal)
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    del hessian  # four matrices of this size would not fit beside a large layer
+    if failed:
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    return None if failed or not torch.isfinite(upper).all() else upper
 
 
 def raised(asked: float, used: float) -> tuple[str, ...]:

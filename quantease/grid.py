@@ -3,14 +3,19 @@
 Every method fits its grid here, so that methods given the same options round to the same values.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from quantease.kernels import Columns
+from quantease.kernels.plain import nearest
+
 FLOAT16_SMALLEST = 2.0**-24  # the smallest positive float16
 SHRINKS = [1 - step / 100 for step in range(80)]  # of the range, that the MSE search tries (GPTQ's authors' code)
 MSE_NORM = 2.4  # the power of the rounding error that it minimizes
+ROWS_BYTES = 2**26  # of a float32 matrix that are encoded at once
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,6 @@ class Grid:
 
     Attributes:
         stored_bits_per_group: bits of the scale and zero point of a group, where they are not what the spec says.
-        whole_zeros: the zero points are whole numbers. Methods with grids of their own may have fractional ones.
     """
 
     spec: GridSpec
@@ -69,7 +73,6 @@ class Grid:
     zero: Tensor  # (out, groups)
     group: Tensor  # (in,), the group that each input column belongs to
     stored_bits_per_group: float | None = None
-    whole_zeros: bool = True
 
     @classmethod
     def fit(cls, weight: Tensor, spec: GridSpec) -> "Grid":
@@ -99,25 +102,29 @@ class Grid:
 
     def encode(self, weight: Tensor) -> Tensor:
         """The codes of the nearest grid points to `weight` (out, in), uint8."""
-        scale, zero = self.scale[:, self.group], self.zero[:, self.group]
-        lowest = zero.floor()
-        return (torch.round(weight / scale + (zero - lowest)) + lowest).clamp(0, self.spec.max_code).to(torch.uint8)
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        for rows in _slices(weight):
+            scale, zero = self._of_rows(rows)
+            codes[rows] = (nearest(weight[rows], scale, zero, self.spec.max_code)[0] + zero.floor()).to(torch.uint8)
+        return codes
 
     def decode(self, codes: Tensor) -> Tensor:
         """The values (out, in) that `codes` stand for."""
-        return self.scale[:, self.group] * (codes - self.zero[:, self.group])
+        values = torch.empty(codes.shape, dtype=self.scale.dtype, device=codes.device)
+        for rows in _slices(codes):
+            scale, zero = self._of_rows(rows)
+            torch.mul(codes[rows] - zero, scale, out=values[rows])
+        return values
 
-    def columns(self, start: int, stop: int) -> "Columns":
-        """What rounding needs for the input columns `start` to `stop`, in the solvers' transposed layout."""
-        if self.scale.shape[1] == 1:
-            shape = (stop - start, self.scale.shape[0])
-            scale, zero = self.scale.T.expand(shape), self.zero.T.expand(shape)
-        else:
-            group = self.group[start:stop]
-            scale, zero = self.scale.T[group], self.zero.T[group]
-        lowest = zero.floor()
-        fraction = None if self.whole_zeros else (zero - lowest).unbind()
-        return Columns(scale.unbind(), (-lowest).unbind(), (self.spec.max_code - lowest).unbind(), fraction)
+    def _of_rows(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for every column of some rows, or (rows, 1) where a row has but one."""
+        scale, zero = self.scale[rows], self.zero[rows]
+        return (scale, zero) if scale.shape[1] == 1 else (scale[:, self.group], zero[:, self.group])
+
+    def columns(self) -> Columns:
+        """What rounding needs, column by column, in the solvers' transposed layout."""
+        group = self.group.to(torch.int32)
+        return Columns(self.scale.T.contiguous(), self.zero.T.contiguous(), group, self.spec.max_code)
 
     def permuted(self, order: Tensor) -> "Grid":
         """The same grid after its input columns were put into another order."""
@@ -132,24 +139,10 @@ class Grid:
         return self.spec.bits + stored * groups / columns + (16 / out_features if scattered else 0)
 
 
-@dataclass(frozen=True, eq=False)
-class Columns:
-    """A block of a grid's input columns, one tensor (out,) a column."""
-
-    scale: tuple[Tensor, ...]
-    lowest: tuple[Tensor, ...]  # of code - floor(zero)
-    highest: tuple[Tensor, ...]
-    fraction: tuple[Tensor, ...] | None  # of the zero point; None: it is whole
-
-    def round_(self, values: Tensor, column: int) -> Tensor:
-        """Replace `values` (out,) of one column by the nearest grid points. Rounds exactly as `Grid.encode` does."""
-        values.div_(self.scale[column])
-        if self.fraction:
-            values.add_(self.fraction[column])
-        torch.clamp(values.round_(), self.lowest[column], self.highest[column], out=values)
-        if self.fraction:
-            values.sub_(self.fraction[column])
-        return values.mul_(self.scale[column])
+def _slices(weight: Tensor) -> Iterator[slice]:
+    """Rows, so many at a time that what is made from them on the way stays small."""
+    step = max(1, ROWS_BYTES // (weight.shape[1] * 4))
+    return (slice(start, start + step) for start in range(0, len(weight), step))
 
 
 def _fit_range(grouped: Tensor, spec: GridSpec, shrink: float) -> tuple[Tensor, Tensor]:

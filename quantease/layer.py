@@ -68,7 +68,7 @@ class LayerProblem:
         """||W X - W_hat X||^2 / ||W X||^2 for W_hat = `weight`; 0 where the layer's output is zero anyway."""
         return objective(weight - self.weight, self.hessian) / self.energy if self.energy > 0 else 0.0
 
-    @property
+    @cached_property
     def dead_columns(self) -> int:
         """How many inputs were zero in all of the calibration data."""
         return int((self.hessian.diagonal() == 0).sum())
@@ -170,14 +170,3 @@ class ActOrder:
 def objective(difference: Tensor, hessian: Tensor) -> float:
     """tr(D H D^T) for D = `difference` (out, in): the squared error of the layer's outputs."""
     return max(0.0, (difference @ hessian).mul_(difference).sum(dtype=torch.float64).item())
-
-
-def revive_dead_columns(hessian: Tensor) -> Tensor:
-    """A copy of `hessian` in which inputs that are always zero have unit curvature.
-
-    Such a column cannot change the output, so every solver then rounds it to nearest.
-    """
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1.0
-    return hessian

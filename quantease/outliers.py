@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantease.descent import sweep
+from quantease.descent import Watch, revived_hessian, sweep
 from quantease.grid import Grid, GridSpec, storable
-from quantease.layer import LayerProblem, Outliers, QuantizedLayer, revive_dead_columns
+from quantease.layer import LayerProblem, Outliers, QuantizedLayer
 from quantease.quantease import Schedule
 
 POWER_ITERATIONS = 64  # for the largest eigenvalue: from below, within 8 % at 20,000 columns whatever the spectrum
@@ -46,7 +46,7 @@ class OutlierQuantEase:
             raise ValueError(f"outlier_ratio must lie in 0 to 1, not {self.outlier_ratio}")
 
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
-        hessian = revive_dead_columns(problem.hessian)
+        hessian = revived_hessian(problem)
         weight = problem.weight.T.contiguous()  # everything below is (in, out)
         sparse = weight * self._keep(self._first_sizes(weight, problem.hessian))
         grid = problem.fit_grid(spec, (weight - sparse).T)
@@ -55,16 +55,17 @@ class OutlierQuantEase:
         step = 1 / (SAFETY * largest_eigenvalue(hessian))
 
         history = []
-        schedule = Schedule(self.num_iters, self.relax_every)
+        schedule, watch = Schedule(self.num_iters, self.relax_every), Watch(w_hat.device)
         for iteration in range(self.num_iters):
-            moved = sweep(w_hat, residual, hessian, grid if schedule.rounds(iteration) else None)
+            watched = not self._count(weight) and schedule.only_rounds_after(iteration)
+            sweep(w_hat, residual, hessian, grid if schedule.rounds(iteration) else None, watch if watched else None)
+            if watched and watch.settled():
+                break
             if self._count(weight):
                 update = (hessian @ residual).mul_(step).add_(sparse)
                 update *= self._keep(update.abs())
                 residual -= update - sparse
                 sparse = update
-            elif schedule.only_rounds_after(iteration) and not moved:
-                break
             if self.track_objective:
                 history.append(problem.relative_error((w_hat + sparse).T))
         return self._answer(w_hat, sparse, grid, tuple(history))
@@ -101,9 +102,9 @@ class OutlierQuantEase:
         return QuantizedLayer(codes, grid, Outliers(rows, columns, values, self.structured), history=history)
 
 
-def largest_eigenvalue(hessian: Tensor) -> float:
+def largest_eigenvalue(hessian: Tensor) -> Tensor:
     """The largest eigenvalue of a positive semidefinite matrix, by power iteration: a little too small."""
     vector = torch.randn(len(hessian), generator=torch.Generator().manual_seed(0)).to(hessian)
     for _ in range(POWER_ITERATIONS):
         vector = hessian @ (vector / vector.norm())
-    return float(vector.norm())
+    return vector.norm()

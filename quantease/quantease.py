@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantease.descent import sweep
+from quantease.descent import Watch, revived_hessian, sweep
 from quantease.grid import Grid, GridSpec
-from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, revive_dead_columns
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from quantease.refit import refit
 
 LAST_RELAXED = 25  # the authors' code leaves no sweep after this one unrounded
@@ -82,7 +82,7 @@ class QuantEase:
         return replace(start, codes=answer.codes, grid=answer.grid, history=answer.history)
 
     def _descend(self, problem: LayerProblem, grid: Grid, start: Tensor) -> QuantizedLayer:
-        hessian = revive_dead_columns(problem.hessian)
+        hessian = revived_hessian(problem)
         weight = problem.weight.T.contiguous()
         w_hat = start.T.clone(memory_format=torch.contiguous_format)
         residual = weight - w_hat
@@ -92,17 +92,18 @@ class QuantEase:
             if self.track_objective:
                 history.append(problem.relative_error(w_hat.T))
 
-        schedule = Schedule(self.num_iters, self.relax_every)
+        schedule, watch = Schedule(self.num_iters, self.relax_every), Watch(w_hat.device)
         for iteration in range(self.num_iters):
-            moved = sweep(w_hat, residual, hessian, grid if schedule.rounds(iteration) else None)
+            watched = schedule.only_rounds_after(iteration)
+            sweep(w_hat, residual, hessian, grid if schedule.rounds(iteration) else None, watch if watched else None)
             track()
-            if schedule.only_rounds_after(iteration) and not moved:
+            if watched and watch.settled():
                 break
         for _ in range(self.grid_refits):
             grid = refit(w_hat, residual, hessian, grid)
             track()
             for _ in range(self.sweeps_per_refit):
-                moved = sweep(w_hat, residual, hessian, grid)
+                sweep(w_hat, residual, hessian, grid)
                 track()
         return QuantizedLayer(grid.encode(w_hat.T), grid, history=tuple(history))
 

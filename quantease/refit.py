@@ -44,7 +44,7 @@ def refit(w_hat: Tensor, residual: Tensor, hessian: Tensor, grid: Grid) -> Grid:
     if grid.spec.symmetric:
         return replace(grid, scale=scale)
     bits = grid.spec.scale_bits + max(ZERO_BITS, grid.spec.scale_bits)
-    return replace(grid, scale=scale, zero=zero, whole_zeros=False, stored_bits_per_group=bits)
+    return replace(grid, scale=scale, zero=zero, stored_bits_per_group=bits)
 
 
 def _solve(

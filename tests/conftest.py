@@ -1,12 +1,17 @@
 """A toy to run whole experiments on in seconds: a random OPT with the bundled tokenizer, and texts of a few kilobytes."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # has an effect only before Triton is imported, which transformers may do
+
 from transformers import OPTConfig, OPTForCausalLM
 
 from runners.checking import check

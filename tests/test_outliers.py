@@ -28,7 +28,7 @@ def test_it_is_the_papers_algorithm(relax_every: int | None) -> None:
     count = round(0.02 * 16 * 64)
     grid = problem.fit_grid(spec, problem.weight - reference.largest(problem.weight, count))
     rounded = [relax_every is None or t % 3 != 1 for t in range(6)]
-    rate = 1 / (SAFETY * largest_eigenvalue(problem.hessian))
+    rate = 1 / (SAFETY * float(largest_eigenvalue(problem.hessian)))
     expected = reference.outlier_quantease(problem, grid, count, rounded, rate)
     torch.testing.assert_close(solver.solve(problem, spec).weight, expected)
 

@@ -112,7 +112,7 @@ def test_the_size_of_a_block_changes_the_speed_and_not_the_result(monkeypatch: p
     problem = random_problem(32, 100)
     errors = []
     for block in (1, 7, 64, 1000):
-        monkeypatch.setattr(descent, "BLOCK", block)
+        monkeypatch.setattr(descent, "CPU_BLOCK", block)
         errors.append(problem.relative_error(QuantEase(num_iters=9).solve(problem, GridSpec(3)).weight))
     assert max(errors) <= min(errors) * (1 + 2e-3)
 

@@ -1,0 +1,92 @@
+"""The pass over a block on the CPU, compiled by numba: a few rows at a time, whose block stays in the first-level cache."""
+
+from typing import TYPE_CHECKING
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from quantease.kernels import Columns
+
+ROWS = 64  # taken together
+NONE = np.empty(0, np.float32)
+NO_GRID = np.empty((0, 0), np.float32)
+NO_GROUP = np.empty(0, np.int32)
+
+
+def run_block(
+    values: Tensor,
+    work: Tensor,
+    coupling: Tensor,
+    columns: "Columns | None",
+    curvature: Tensor | None,
+    limit: Tensor | None,
+) -> None:
+    """See `quantease.kernels.run_block`."""
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # pyright: ignore
+    _run(
+        values.numpy(),
+        work.numpy(),
+        coupling.numpy(),
+        *((NO_GRID, NO_GRID, NO_GROUP, 0) if columns is None else _arrays(columns)),
+        NONE if curvature is None else curvature.numpy(),
+        NONE if limit is None else limit.numpy(),
+    )
+
+
+def _arrays(columns: "Columns") -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    return columns.scale.numpy(), columns.zero.numpy(), columns.group.numpy(), columns.max_code
+
+
+@numba.njit(parallel=True, cache=True, error_model="numpy")
+def _run(values, work, coupling, scale, zero, group, max_code, curvature, limit):  # noqa: ANN
+    rows = values.shape[1]
+    for part in numba.prange((rows + ROWS - 1) // ROWS):
+        first = part * ROWS
+        _run_rows(
+            values, work, coupling, scale, zero, group, max_code, curvature, limit, first, min(ROWS, rows - first)
+        )
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _run_rows(values, work, coupling, scale, zero, group, max_code, curvature, limit, first, count):  # noqa: ANN
+    block = values.shape[0]
+    descends, rounds, keeps = len(curvature) > 0, len(group) > 0, len(limit) > 0
+    last = first + count
+    change = np.empty(ROWS, np.float32)
+    for j in range(block):
+        mine, old = work[j, first:last], values[j, first:last]
+        target = np.empty(ROWS, np.float32)
+        if descends:
+            for r in range(count):
+                target[r] = old[r] + mine[r] / curvature[j]
+        else:
+            for r in range(count):
+                target[r] = mine[r]
+                old[r] = mine[r]
+        for r in range(count):
+            change[r] = target[r]
+        if rounds:
+            s, z = scale[group[j], first:last], zero[group[j], first:last]
+            for r in range(count):
+                lowest = np.floor(z[r])
+                fraction = z[r] - lowest
+                code = np.rint(target[r] / s[r] + fraction)
+                code = min(max(code, -lowest), np.float32(max_code) - lowest)
+                change[r] = (code - fraction) * s[r]
+        if keeps:
+            for r in range(count):
+                error = target[r] - change[r]
+                if error * error > limit[j]:
+                    change[r] = target[r]
+        for r in range(count):
+            new = change[r]
+            change[r] = new - old[r]
+            old[r] = new
+            mine[r] = change[r]
+        for k in range(j + 1, block):
+            later, factor = work[k, first:last], coupling[j, k]
+            for r in range(count):
+                later[r] -= factor * change[r]

@@ -1,0 +1,46 @@
+"""The pass over a block, column by column in torch: the definition that the fast forms are held to."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from quantease.kernels import Columns
+
+
+def run_block(
+    values: Tensor,
+    work: Tensor,
+    coupling: Tensor,
+    columns: "Columns | None",
+    curvature: Tensor | None,
+    limit: Tensor | None,
+) -> None:
+    """See `quantease.kernels.run_block`."""
+    for j in range(len(values)):
+        target = work[j].clone() if curvature is None else values[j] + work[j] / curvature[j]
+        new = target if columns is None else round_column(target, columns, j)
+        if limit is not None:
+            new = torch.where((target - new).square() > limit[j], target, new)
+        change = new - (target if curvature is None else values[j])
+        work[j + 1 :].addr_(coupling[j, j + 1 :], change, alpha=-1)
+        values[j], work[j] = new, change
+
+
+def round_column(target: Tensor, columns: "Columns", j: int) -> Tensor:
+    """The nearest grid points to `target` (out,) for column j of the block."""
+    group = int(columns.group[j])
+    scale, zero = columns.scale[group], columns.zero[group]
+    codes, fraction = nearest(target, scale, zero, columns.max_code)
+    return (codes - fraction) * scale
+
+
+def nearest(target: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> tuple[Tensor, Tensor]:
+    """The codes of the nearest grid points, less floor(zero), and zero's fraction: the value is (code - fraction) * scale.
+
+    Written so that a fractional zero point costs no precision, whatever its size.
+    """
+    lowest = zero.floor()
+    fraction = zero - lowest
+    return torch.round(target / scale + fraction).clamp_(-lowest, max_code - lowest), fraction
