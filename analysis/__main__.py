@@ -1,20 +1,29 @@
-"""`python -m analysis [STUDY ...]`: the tables of studies in results/, in Markdown."""
+"""`python -m analysis [STUDY] [COLUMN=VALUE ...]`: the table of a study in results/, in Markdown.
+
+COLUMN=VALUE keeps the runs with that value, and the unquantized ones: python -m analysis tiny bits=3
+"""
 
 import sys
 from pathlib import Path
 
-from analysis.collect import collect
+from analysis.collect import collect, keep
 from analysis.tables import comparison, markdown
 
 
-def main(studies: list[str]) -> None:
-    """Print the table of each study."""
-    for study in studies or ["tiny"]:
-        folder = Path(study) if Path(study).is_dir() else Path("results") / study
-        try:
-            print(markdown(comparison(collect(folder))))
-        except (FileNotFoundError, ValueError) as error:
-            raise SystemExit(f"error: {error}") from None
+def main(arguments: list[str]) -> None:
+    """Print the table of one study."""
+    conditions = [argument.partition("=") for argument in arguments if "=" in argument]
+    studies = [argument for argument in arguments if "=" not in argument] or ["tiny"]
+    if len(studies) > 1:
+        raise SystemExit(f"error: one study at a time, not {', '.join(studies)}")
+    folder = Path(studies[0]) if Path(studies[0]).is_dir() else Path("results") / studies[0]
+    try:
+        frame = collect(folder)
+        for column, _, value in conditions:
+            frame = keep(frame, column, value)
+        print(markdown(comparison(frame)))
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

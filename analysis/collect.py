@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -24,6 +25,28 @@ def collect(study: Path) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     _refuse_mixtures(frame)
     return frame
+
+
+def keep(frame: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
+    """The runs in which `column` has the value that is written `value`, and the unquantized ones.
+
+    Raises:
+        ValueError: there is no such column, or no run has that value.
+    """
+    if column not in frame:
+        raise ValueError(f"the runs have no {column}: they have {', '.join(map(str, frame.columns))}")
+    written = [_written(entry) for entry in frame[column]]
+    if value not in written:
+        raise ValueError(f"no run has {column}={value}: there are {', '.join(sorted(set(written)))}")
+    wanted = [entry == value or method == "fp16" for entry, method in zip(written, frame["method"], strict=True)]
+    return frame.loc[wanted]
+
+
+def _written(entry: Any) -> str:
+    """An entry as it is written on the command line."""
+    if entry is None or entry != entry:  # a gap is None or not a number
+        return "null"
+    return f"{entry:g}" if isinstance(entry, int | float) and not isinstance(entry, bool) else str(entry)
 
 
 def _refuse_mixtures(frame: pd.DataFrame) -> None:

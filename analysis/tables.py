@@ -1,33 +1,90 @@
 """Tables as the papers have them: full precision first, then method by method at each number of bits."""
 
+import math
+import statistics
+from collections.abc import Hashable, Sequence
+from typing import Any
+
 import pandas as pd
 
-ORDER = ["fp16", "rtn", "gptq", "quantease", "gptq_quantease"]  # others follow by name
+ORDER = [  # of the methods; others follow by name
+    "fp16",
+    "rtn",
+    "awq",
+    "gptq",
+    "quantease",
+    "gptq_quantease",
+    "quantease_refit",
+    "quantease_structured",
+    "quantease_outlier",
+    "spqr_1pct",
+    "spqr",
+]
+RAISED = " †"  # after the name of a method that had to raise its damping in some layer
+RAISED_NOTE = "† damping was raised in some layers because the factorization failed: see their layers.csv"
 
 
 def comparison(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a run: perplexities, relative layer error and bits per weight, of the runs that are done."""
+    """One row a series of runs that differ only in their seed: mean ± standard deviation of what is done.
+
+    Perplexities, relative layer error and bits per weight; the number of seeds where it is not the same for all.
+    """
     done = frame.loc[frame["status"] == "done"]
     texts = [column for column in frame.columns if column.startswith("ppl/")]
-    rank = [ORDER.index(name) if name in ORDER else len(ORDER) for name in done["method"]]
-    sort = done.assign(rank=rank, quantized=done["method"] != "fp16").sort_values(
-        ["model", "quantized", "bits", "rank", "method"], ascending=[True, True, False, True, True]
-    )
-    table = pd.DataFrame(
-        {"model": sort["model"], "bits": sort["bits"].map(lambda b: "" if pd.isna(b) else str(int(b)))}
-    )
-    table["method"] = sort["method"]
-    table["bits per weight"] = sort["bits_per_weight"].map("{:.2f}".format)
+    series = done.get("series", done["folder"]).fillna(done["folder"])
+    rows = [_row(runs, texts) for _, runs in done.groupby(series, sort=False)]
+    rows.sort(key=lambda row: row.pop("sort"))
+    table = pd.DataFrame(rows)
+    for column in ("grid", "seeds"):
+        if table[column].iloc[table["quantized"].to_numpy().nonzero()[0]].nunique() < 2:
+            del table[column]
+    return table.drop(columns="quantized")
+
+
+def _row(runs: pd.DataFrame, texts: list[str]) -> dict[str, Any]:
+    first = runs.iloc[0].dropna().to_dict()
+    quantized = first["method"] != "fp16"
+    raised = "warnings/damping_raised" in runs and runs["warnings/damping_raised"].fillna(0).any()
+    row = {
+        "sort": _place(first),
+        "quantized": quantized,
+        "model": first["model"],
+        "bits": str(int(first["bits"])) if quantized else "",
+        "grid": _grid(first) if quantized else "",
+        "method": first["method"] + RAISED * bool(raised),
+        "bits per weight": f"{runs['bits_per_weight'].mean():.2f}",
+    }
     for text in texts:
-        table[text.removeprefix("ppl/")] = sort[text].map("{:.2f}".format)
-    error = sort["layers/mean_relative_error"]
-    table["relative layer error"] = error.map("{:.4f}".format).where(sort["quantized"], "")
-    return table.reset_index(drop=True)
+        row[text.removeprefix("ppl/")] = spread(list(runs[text]), 2)
+    row["relative layer error"] = spread(list(runs["layers/mean_relative_error"]), 4) if quantized else ""
+    return row | {"seeds": str(len(runs))}
+
+
+def _place(first: dict[Hashable, Any]) -> tuple[Any, ...]:
+    """Where a row stands: model, full precision, bits downwards, grid, method."""
+    method = first["method"]
+    rank = ORDER.index(method) if method in ORDER else len(ORDER)
+    grid = (-(first.get("group_size") or math.inf), _grid(first))
+    return first["model"], method != "fp16", -first.get("bits", 0), *grid, rank, method
+
+
+def _grid(first: dict[Hashable, Any]) -> str:
+    """The grid in words, without its bits."""
+    group = first.get("group_size")
+    words = [f"group {group:g}" if group else "per-channel", "symmetric" * bool(first.get("symmetric"))]
+    words += ["mse" * (first.get("grid_range") == "mse"), "act-order" * bool(first.get("act_order"))]
+    return " ".join(word for word in words if word)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean and, of more than one value, the (sample) standard deviation."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table in GitHub's Markdown, numbers to the right."""
-    words = ("model", "method")
-    return table.to_markdown(
-        index=False, disable_numparse=True, colalign=["left" if name in words else "right" for name in table.columns]
-    )
+    """A table in GitHub's Markdown, numbers to the right, and a note on its marks."""
+    words = ("model", "method", "grid")
+    align = ["left" if name in words else "right" for name in table.columns]
+    lines = table.to_markdown(index=False, disable_numparse=True, colalign=align)
+    return f"{lines}\n\n{RAISED_NOTE}" if table["method"].str.endswith(RAISED).any() else lines

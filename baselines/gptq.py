@@ -7,6 +7,7 @@ Cholesky factor of the inverse Hessian as the weights of that compensation.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class GPTQ:
             first column is reached, to the weights as they have been compensated by then, as in the authors' code.
     """
 
+    rows_independent: ClassVar[bool] = True
     damping: float = 0.01
     block_size: int = 128
     static_groups: bool = False

@@ -18,17 +18,68 @@ from torch import Tensor
 from quantease.grid import Grid
 from quantease.kernels import run_block
 from quantease.layer import LayerProblem
+from quantease.precision import product, split
 
-CPU_BLOCK = 128  # columns between two matrix products
+CPU_BLOCK = 64  # columns between two matrix products
 CUDA_BLOCK = 512
+SPLIT_SIZE = 2**23  # weights from which on a layer's products are worth splitting
 
 
-def sweep(w_hat: Tensor, residual: Tensor, hessian: Tensor, grid: Grid | None, watch: "Watch | None" = None) -> None:
+class Residual:
+    """D = W - W_hat (in, out), in the form that its products with the Hessian are made in.
+
+    On a GPU, for large layers, as the sum of two bfloat16 matrices, of which three products on the tensor cores give all
+    but the last bits of the float32 one (see `pull`). TF32 will not do: D is the small rest of large numbers, and its
+    products with an ill-conditioned Hessian are the small rest of larger ones.
+    """
+
+    def __init__(self, target: Tensor, w_hat: Tensor) -> None:
+        dtypes = [torch.bfloat16] * 2 if _worth_splitting(w_hat) else [w_hat.dtype]
+        self._parts = [torch.empty(w_hat.shape, dtype=dtype, device=w_hat.device) for dtype in dtypes]
+        self.update(target, w_hat)
+
+    @property
+    def splits(self) -> bool:
+        return len(self._parts) > 1
+
+    def update(self, target: Tensor, w_hat: Tensor, columns: slice = slice(None)) -> None:
+        """Make it W - W_hat again in some columns of the layer, some at a time, as what is made on the way takes memory."""
+        start, stop, _ = columns.indices(len(w_hat))
+        for first in range(start, stop, CUDA_BLOCK):
+            here = slice(first, min(first + CUDA_BLOCK, stop))
+            difference = target[here] - w_hat[here]
+            for part, rest in zip(self._parts, split(difference) if self.splits else [difference], strict=True):
+                part[here] = rest
+
+    def pull(self, hessian: Tensor) -> Tensor:
+        """H D for some rows of H (rows, in): float32 (rows, out).
+
+        Of (H1 + H2) (D1 + D2) only H2 D2 is left out: 2^-16 of the whole.
+        """
+        if not self.splits:
+            return hessian @ self._parts[0]
+        (h_large, h_small), (d_large, d_small) = split(hessian), self._parts
+        return product(h_large, d_large).add_(product(h_small, d_large)).add_(product(h_large, d_small))
+
+
+def _worth_splitting(w_hat: Tensor) -> bool:
+    return w_hat.is_cuda and w_hat.dtype == torch.float32 and w_hat.numel() >= SPLIT_SIZE
+
+
+def sweep(
+    w_hat: Tensor,
+    target: Tensor,
+    residual: Residual,
+    hessian: Tensor,
+    grid: Grid | None,
+    watch: "Watch | None" = None,
+) -> None:
     """One pass over the columns of `w_hat`, in place; `grid` None leaves the values unrounded (a relaxed sweep).
 
     Args:
         w_hat: (in, out), the current solution.
-        residual: (in, out), W - W_hat; kept up to date in place.
+        target: (in, out), W, or what else is to be approximated.
+        residual: W - W_hat; kept up to date.
         hessian: (in, in), with a positive diagonal.
         grid: the grid to round to.
         watch: is told whether any value changes.
@@ -38,11 +89,11 @@ def sweep(w_hat: Tensor, residual: Tensor, hessian: Tensor, grid: Grid | None, w
     block = CUDA_BLOCK if w_hat.is_cuda else CPU_BLOCK
     for start in range(0, len(w_hat), block):
         here = slice(start, min(start + block, len(w_hat)))
-        work = hessian[here] @ residual  # (block, out), D H for these columns
+        work = residual.pull(hessian[here])  # (block, out), D H for these columns
         run_block(w_hat[here], work, hessian[here, here], columns[here] if columns else None, curvature[here])
-        residual[here] -= work  # which now holds the steps
+        residual.update(target, w_hat, here)
         if watch:
-            watch.moved |= work.any()
+            watch.moved |= work.any()  # which now holds the steps
     if watch:
         watch.next_sweep()
 

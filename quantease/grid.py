@@ -126,6 +126,10 @@ class Grid:
         group = self.group.to(torch.int32)
         return Columns(self.scale.T.contiguous(), self.zero.T.contiguous(), group, self.spec.max_code)
 
+    def of_rows(self, rows: slice) -> "Grid":
+        """The grid of some of the rows."""
+        return replace(self, scale=self.scale[rows], zero=self.zero[rows])
+
     def permuted(self, order: Tensor) -> "Grid":
         """The same grid after its input columns were put into another order."""
         return replace(self, group=self.group[order])

@@ -134,6 +134,12 @@ class QuantizedLayer:
                 bits -= self.grid.spec.bits * self.outlier_ratio
         return bits + (0 if self.column_scale is None else 16 / len(self.codes))
 
+    def of_rows(self, rows: slice) -> "QuantizedLayer":
+        """The answer for some of the rows, of a method that takes each row on its own."""
+        if self.outliers is not None:
+            raise ValueError("outliers are chosen among all rows: this answer cannot be divided")
+        return replace(self, codes=self.codes[rows], grid=self.grid.of_rows(rows))
+
     def permuted(self, order: Tensor) -> "QuantizedLayer":
         """The same answer with its input columns in another order."""
         outliers = self.outliers
@@ -145,7 +151,11 @@ class QuantizedLayer:
 
 
 class LayerSolver(Protocol):
-    """A quantization method: a frozen dataclass of hyper-parameters with one pure function of tensors."""
+    """A quantization method: a frozen dataclass of hyper-parameters with one pure function of tensors.
+
+    A method that takes each row on its own may say so, `rows_independent = True` (a class variable or a property): then
+    layers that share an input are solved as one.
+    """
 
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         """Quantize one layer; leaves `problem` as it is.
@@ -162,9 +172,18 @@ class ActOrder:
 
     solver: LayerSolver
 
+    @property
+    def rows_independent(self) -> bool:
+        return takes_rows_alone(self.solver)
+
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         order = problem.hessian.diagonal().argsort(descending=True, stable=True)
         return self.solver.solve(problem.permuted(order), spec).permuted(order.argsort())
+
+
+def takes_rows_alone(solver: LayerSolver) -> bool:
+    """Whether the answer for a row does not depend on the other rows, as far as the method says."""
+    return bool(getattr(solver, "rows_independent", False))
 
 
 def objective(difference: Tensor, hessian: Tensor) -> float:

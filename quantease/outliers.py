@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantease.descent import Watch, revived_hessian, sweep
+from quantease.descent import Residual, Watch, revived_hessian, sweep
 from quantease.grid import Grid, GridSpec, storable
 from quantease.layer import LayerProblem, Outliers, QuantizedLayer
 from quantease.quantease import Schedule
@@ -47,25 +47,27 @@ class OutlierQuantEase:
 
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         hessian = revived_hessian(problem)
-        weight = problem.weight.T.contiguous()  # everything below is (in, out)
+        weight = problem.weight.T  # everything below is (in, out)
         sparse = weight * self._keep(self._first_sizes(weight, problem.hessian))
         grid = problem.fit_grid(spec, (weight - sparse).T)
-        w_hat = weight - sparse
-        residual = torch.zeros_like(weight)  # W - W_hat - S
+        target = weight - sparse
+        w_hat = target.clone(memory_format=torch.contiguous_format)
+        residual = Residual(target, w_hat)  # W - W_hat - S
         step = 1 / (SAFETY * largest_eigenvalue(hessian))
 
         history = []
         schedule, watch = Schedule(self.num_iters, self.relax_every), Watch(w_hat.device)
         for iteration in range(self.num_iters):
             watched = not self._count(weight) and schedule.only_rounds_after(iteration)
-            sweep(w_hat, residual, hessian, grid if schedule.rounds(iteration) else None, watch if watched else None)
+            rounds = schedule.rounds(iteration)
+            sweep(w_hat, target, residual, hessian, grid if rounds else None, watch if watched else None)
             if watched and watch.settled():
                 break
             if self._count(weight):
-                update = (hessian @ residual).mul_(step).add_(sparse)
-                update *= self._keep(update.abs())
-                residual -= update - sparse
-                sparse = update
+                sparse = residual.pull(hessian).mul_(step).add_(sparse)
+                sparse *= self._keep(sparse.abs())
+                target = weight - sparse
+                residual.update(target, w_hat)
             if self.track_objective:
                 history.append(problem.relative_error((w_hat + sparse).T))
         return self._answer(w_hat, sparse, grid, tuple(history))

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantease.descent import Watch, revived_hessian, sweep
+from quantease.descent import Residual, Watch, revived_hessian, sweep
 from quantease.grid import Grid, GridSpec
-from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, takes_rows_alone
 from quantease.refit import refit
 
 LAST_RELAXED = 25  # the authors' code leaves no sweep after this one unrounded
@@ -73,6 +73,10 @@ class QuantEase:
         if self.grid_refits < 0 or self.sweeps_per_refit < 1:
             raise ValueError("grid_refits must not be negative, and sweeps_per_refit must be at least 1")
 
+    @property
+    def rows_independent(self) -> bool:
+        return self.init is None or takes_rows_alone(self.init)
+
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         start = self.init.solve(problem, spec) if self.init else None
         if start is None:
@@ -83,9 +87,9 @@ class QuantEase:
 
     def _descend(self, problem: LayerProblem, grid: Grid, start: Tensor) -> QuantizedLayer:
         hessian = revived_hessian(problem)
-        weight = problem.weight.T.contiguous()
+        target = problem.weight.T
         w_hat = start.T.clone(memory_format=torch.contiguous_format)
-        residual = weight - w_hat
+        residual = Residual(target, w_hat)
         history: list[float] = []
 
         def track() -> None:
@@ -95,15 +99,16 @@ class QuantEase:
         schedule, watch = Schedule(self.num_iters, self.relax_every), Watch(w_hat.device)
         for iteration in range(self.num_iters):
             watched = schedule.only_rounds_after(iteration)
-            sweep(w_hat, residual, hessian, grid if schedule.rounds(iteration) else None, watch if watched else None)
+            rounds = schedule.rounds(iteration)
+            sweep(w_hat, target, residual, hessian, grid if rounds else None, watch if watched else None)
             track()
             if watched and watch.settled():
                 break
         for _ in range(self.grid_refits):
-            grid = refit(w_hat, residual, hessian, grid)
+            grid = refit(w_hat, target, residual, hessian, grid)
             track()
             for _ in range(self.sweeps_per_refit):
-                sweep(w_hat, residual, hessian, grid)
+                sweep(w_hat, target, residual, hessian, grid)
                 track()
         return QuantizedLayer(grid.encode(w_hat.T), grid, history=tuple(history))
 

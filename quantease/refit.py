@@ -10,17 +10,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from quantease.descent import Residual
 from quantease.grid import Grid, storable
 
 ZERO_BITS = 16  # a fractional zero point is stored in float16
 
 
-def refit(w_hat: Tensor, residual: Tensor, hessian: Tensor, grid: Grid) -> Grid:
+def refit(w_hat: Tensor, target: Tensor, residual: Residual, hessian: Tensor, grid: Grid) -> Grid:
     """Solve the scale and zero point of every row and group; no row's error rises.
 
     Args:
         w_hat: (in, out), values on `grid`; moved to the new grid in place, at the same codes.
-        residual: (in, out), W - W_hat; kept up to date in place.
+        target: (in, out), W.
+        residual: W - W_hat; kept up to date.
         hessian: (in, in).
         grid: with the present scales; symmetric grids keep their zero points.
 
@@ -30,7 +32,7 @@ def refit(w_hat: Tensor, residual: Tensor, hessian: Tensor, grid: Grid) -> Grid:
     scale, zero = grid.scale.clone(), grid.zero.clone()
     for group in range(scale.shape[1]):
         rows = (grid.group == group).nonzero().flatten()
-        pull = hessian[rows] @ residual  # (columns of the group, out)
+        pull = residual.pull(hessian[rows])  # (columns of the group, out)
         within = hessian[rows][:, rows]
         centered = torch.round(w_hat[rows] / scale[:, group] + zero[:, group]) - zero[:, group]  # code - zero
         new_scale, new_zero = _solve(centered, pull, within, scale[:, group], zero[:, group], grid)
@@ -38,7 +40,7 @@ def refit(w_hat: Tensor, residual: Tensor, hessian: Tensor, grid: Grid) -> Grid:
         change = (step * (within @ step - 2 * pull)).sum(0)  # of each row's error
         better = (change < 0) & (new_scale > 0)
         w_hat[rows] += step * better
-        residual[rows] -= step * better
+        residual.update(target, w_hat, _span(rows))
         scale[:, group] = torch.where(better, new_scale, scale[:, group])
         zero[:, group] = torch.where(better, new_zero, zero[:, group])
     if grid.spec.symmetric:
@@ -67,3 +69,8 @@ def _solve(
     new_scale = storable((scale + ds).clamp(min=-1.0, max=6e4).to(scale.dtype), grid.spec.scale_bits)
     new_zero = zero - (offset / new_scale).to(zero.dtype).nan_to_num(0.0, 0.0, 0.0).clamp(-6e4, 6e4)
     return new_scale, storable(new_zero, max(ZERO_BITS, grid.spec.scale_bits))
+
+
+def _span(rows: Tensor) -> slice:
+    """From the first to the last of them: all there is to update where a group's columns are neighbors."""
+    return slice(int(rows[0]), int(rows[-1]) + 1)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from quantease.precision import second_moment
 from runners.errors import InputError
 
+ACTIVATIONS_SHARE = 0.4  # of the GPU's free memory; the blocks' own needs the rest
 PROBE = 16  # tokens of the two short sequences that show whether a block's arguments depend on the text
 
 
@@ -92,9 +94,10 @@ class Walk:
         model: a causal language model.
         sequences: token ids (sequences, length).
         batch_size: sequences that go through a block at once.
+        offload: keep the activations in host memory; None: only if they would crowd the GPU.
     """
 
-    def __init__(self, model: Any, sequences: Tensor, batch_size: int) -> None:
+    def __init__(self, model: Any, sequences: Tensor, batch_size: int, offload: bool | None = None) -> None:
         self.model = model
         self.blocks = decoder_blocks(model)
         self._device = next(model.parameters()).device
@@ -104,11 +107,14 @@ class Walk:
         for batch in sequences.split(batch_size):
             if len(batch) not in self._calls:
                 self._calls[len(batch)] = self._record(batch)
-            self.hidden.append(self._embed(batch))
+            hidden = self._embed(batch)
+            if not self.hidden:
+                self._offloads = _crowds(hidden, sequences.numel()) if offload is None else offload
+            self.hidden.append(_to_host(hidden) if self._offloads else hidden)
 
     def run(self, index: int) -> Iterator[Tensor]:
         """Send every batch through block `index`; yields what leaves it."""
-        for batch in self.hidden:
+        for batch in _ahead(self.hidden, self._device) if self._offloads else self.hidden:
             yield self.forward(index, batch)
 
     def forward(self, index: int, batch: Tensor) -> Tensor:
@@ -128,7 +134,10 @@ class Walk:
                 raise InputError(
                     f"the activations that leave block {index} are not finite: try model.dtype=bfloat16 or float32"
                 )
-            self.hidden[place] = output
+            if self._offloads:
+                self.hidden[place].copy_(output, non_blocking=True)
+            else:
+                self.hidden[place] = output
 
     def _record(self, batch: Tensor) -> list[Call]:
         calls: list[Call] = []
@@ -156,6 +165,41 @@ class Walk:
         self.model(batch.to(self._device), use_cache=False)
 
 
+def _crowds(hidden: Tensor, tokens: int) -> bool:
+    """Whether the activations of so many tokens would take more than their share of the GPU's free memory."""
+    if not hidden.is_cuda:
+        return False
+    free, _ = torch.cuda.mem_get_info(hidden.device)
+    return tokens * hidden.shape[-1] * hidden.element_size() > ACTIVATIONS_SHARE * free
+
+
+def _to_host(hidden: Tensor) -> Tensor:
+    host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=hidden.is_cuda)
+    return host.copy_(hidden)
+
+
+def _ahead(batches: list[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Batches of host memory on `device`, each copied while the one before it is worked on."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies, work = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+
+    def fetch(batch: Tensor) -> Tensor:
+        copies.wait_stream(work)  # which may still be writing to it from the pass before
+        with torch.cuda.stream(copies):
+            return batch.to(device, non_blocking=True)
+
+    coming = fetch(batches[0])
+    for place in range(len(batches)):
+        work.wait_stream(copies)
+        batch = coming
+        if place + 1 < len(batches):
+            coming = fetch(batches[place + 1])
+        batch.record_stream(work)
+        yield batch
+
+
 def shared_inputs(walk: Walk, index: int) -> list[tuple[str, ...]]:
     """The linear layers of a block, grouped by the input they share, in the order in which the block uses them.
 
@@ -173,7 +217,7 @@ def shared_inputs(walk: Walk, index: int) -> list[tuple[str, ...]]:
 
     handles = [layer.module.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
     try:
-        walk.forward(index, walk.hidden[0])
+        next(walk.run(index))
     finally:
         for handle in handles:
             handle.remove()
@@ -200,12 +244,13 @@ def input_statistics(walk: Walk, index: int, groups: list[tuple[str, ...]]) -> l
 
     def add(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].flatten(0, -2).float()
-            if name not in sums:
-                sums[name] = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1])
-            hessian, size = sums[name]
-            hessian.addmm_(x.T, x)
-            size.add_(x.abs().sum(0))
+            x = args[0].flatten(0, -2)
+            moment, size = second_moment(x), x.abs().sum(0, dtype=torch.float32)
+            if name in sums:
+                sums[name][0].add_(moment)
+                sums[name][1].add_(size)
+            else:
+                sums[name] = moment, size
 
         return hook
 

@@ -14,7 +14,7 @@ from runners.blocks import decoder_blocks, linear_layers
 from runners.calibration import draw_sequences, ids_hash
 from runners.console import progress
 from runners.errors import InputError
-from runners.meter import Meter, environment
+from runners.meter import Meter, Phases, environment
 from runners.models import Checkpoint, check_divisibility, load, load_tokenizer, open_checkpoint
 from runners.perplexity import Windows, cut_windows, perplexity, window_losses
 from runners.quantization import LayerRecord, quantize, refuse_warnings, summary
@@ -28,6 +28,8 @@ BATCH_TOKENS = {
     "cpu": 2048,
     "cuda": 16_384,
 }  # that go through the model at once: what the caches hold, what keeps it busy
+BLOCK_SHARE = 0.25  # of the GPU's free memory that a batch may take inside a block
+BLOCK_WIDTHS = 16  # that it takes, times the width of the model, a token: the block's inner activations
 LOGITS_BYTES = 2e9  # that their logits may take, with the copies that the loss makes
 
 
@@ -157,6 +159,7 @@ def _quantize(model: Any, settings: Settings, inputs: Inputs, state: Progress, t
         return dict.fromkeys(nothing, 0.0) | {"bits_per_weight": stored_bits, "bits_per_parameter": stored_bits}
     blocks = decoder_blocks(model)
     total = sum(len(linear_layers(block)) for block in blocks)
+    phases = Phases(inputs.device)
     with Meter(inputs.device) as meter, progress("calibrating", total) as step:
 
         def report(record: LayerRecord) -> None:
@@ -175,10 +178,12 @@ def _quantize(model: Any, settings: Settings, inputs: Inputs, state: Progress, t
             batch_size=settings.batch_size or _batch_size(inputs),
             stored_bits=inputs.checkpoint.stored_bits,
             report=report,
+            phases=phases,
         )
     return summary(state.records, inputs.checkpoint.parameters, inputs.checkpoint.stored_bits) | {
         "quantize/seconds": meter.seconds,
         "quantize/peak_memory_gb": meter.peak_memory_gb,
+        **{f"quantize/{name}_seconds": seconds for name, seconds in phases.seconds.items()},
         "calibration/sha256": ids_hash(inputs.sequences),
     }
 
@@ -207,8 +212,11 @@ def _evaluate(model: Any, settings: Settings, inputs: Inputs, folder: RunFolder)
 
 
 def _batch_size(inputs: Inputs) -> int:
-    vocabulary = inputs.checkpoint.config.get_text_config().vocab_size
-    tokens = min(BATCH_TOKENS.get(inputs.device.type, 2048), LOGITS_BYTES / (12 * vocabulary))
+    config = inputs.checkpoint.config.get_text_config()
+    tokens = min(BATCH_TOKENS.get(inputs.device.type, 2048), LOGITS_BYTES / (12 * config.vocab_size))
+    if inputs.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(inputs.device)
+        tokens = min(tokens, BLOCK_SHARE * free / (BLOCK_WIDTHS * config.hidden_size * 4))
     return max(1, int(tokens / inputs.checkpoint.sequence_length))
 
 

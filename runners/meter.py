@@ -6,7 +6,8 @@ import platform
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,28 @@ class Meter:
             peak = _peak()
         self.seconds = time.perf_counter() - self._start
         self.peak_memory_gb = peak / 1e9
+
+
+class Phases:
+    """Seconds by what they were spent on, after the device has done what it was given: `with phases.of("solve"): ...`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Add the time until its end to what has the name."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - start
+
+    def _clock(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
 
 
 def _reset_peak() -> None:

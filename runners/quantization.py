@@ -1,17 +1,17 @@
 """Quantize a model: block by block, on what the already quantized blocks feed the next one."""
 
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantease.grid import GridSpec
-from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported, takes_rows_alone
 from runners.blocks import LinearLayer, Walk, input_statistics, linear_layers, shared_inputs
 from runners.errors import InputError
+from runners.meter import Phases
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def quantize(
     batch_size: int,
     stored_bits: float,
     report: Callable[[LayerRecord], None],
+    phases: Phases | None = None,
 ) -> list[LayerRecord]:
     """Replace the weights of every linear layer of every block by quantized ones.
 
@@ -69,69 +70,92 @@ def quantize(
         true_sequential: see `runners.schema.Calibration`.
         stored_bits: what a weight takes that is left alone.
         report: called with each layer as it is finished.
+        phases: told the seconds spent in `calibrate`, `solve` and `propagate`.
 
     Raises:
         Unsupported: the method cannot do what `spec` asks.
         InputError: a layer cannot be put on the grid, or the activations that leave a block are not finite.
     """
-    walk = Walk(model, sequences, batch_size)
+    phases = phases or Phases(next(model.parameters()).device)
+    with phases.of("calibrate"):
+        walk = Walk(model, sequences, batch_size)
     records = []
     for index in range(len(walk.blocks)):
-        for record in _quantize_block(walk, index, solver, spec, true_sequential, stored_bits):
+        for record in _quantize_block(walk, index, solver, spec, true_sequential, stored_bits, phases):
             records.append(record)
             report(record)
-        walk.advance(index)
+        with phases.of("propagate"):
+            walk.advance(index)
     return records
 
 
 def _quantize_block(
-    walk: Walk, index: int, solver: LayerSolver, spec: GridSpec, true_sequential: bool, stored_bits: float
+    walk: Walk,
+    index: int,
+    solver: LayerSolver,
+    spec: GridSpec,
+    true_sequential: bool,
+    stored_bits: float,
+    phases: Phases,
 ) -> Iterator[LayerRecord]:
-    groups = shared_inputs(walk, index)
+    with phases.of("calibrate"):
+        groups = shared_inputs(walk, index)
     layers = linear_layers(walk.blocks[index])
     used = {name for group in groups for name in group}
     for name in layers.keys() - used:
         yield _left_alone(layers[name], index, name, stored_bits, "never used, so there is nothing to calibrate it on")
     for passed in [[group] for group in groups] if true_sequential else [groups]:
-        for group, statistics in zip(passed, input_statistics(walk, index, passed), strict=True):
+        with phases.of("calibrate"):
+            inputs = input_statistics(walk, index, passed)
+        for group, statistics in zip(passed, inputs, strict=True):
             if not statistics.finite:
                 for name in group:
                     why = "its activations are not finite"
                     yield _left_alone(layers[name], index, name, stored_bits, why, non_finite=True)
                 continue
             weights = {name: layers[name].weight.clone() for name in group}  # the modules' own are overwritten
-            for name in group:
-                siblings = tuple(weight for other, weight in weights.items() if other != name)
-                problem = LayerProblem(
-                    weights[name].float(), statistics.hessian, mean_input=statistics.mean_input, siblings=siblings
-                )
-                yield _solve(layers[name], problem, solver, spec, index, name, stored_bits)
+            for names in [group] if takes_rows_alone(solver) else [(name,) for name in group]:
+                siblings = tuple(weight for name, weight in weights.items() if name not in names)
+                stacked = torch.cat([weights[name].float() for name in names])
+                problem = LayerProblem(stacked, statistics.hessian, mean_input=statistics.mean_input, siblings=siblings)
+                with phases.of("solve"):
+                    solved = list(
+                        _solve({name: layers[name] for name in names}, problem, solver, spec, index, stored_bits)
+                    )
+                yield from solved
 
 
 def _solve(
-    layer: LinearLayer,
+    layers: dict[str, LinearLayer],
     problem: LayerProblem,
     solver: LayerSolver,
     spec: GridSpec,
     block: int,
-    name: str,
     stored_bits: float,
-) -> LayerRecord:
-    start = _clock(problem.hessian)
+) -> Iterator[LayerRecord]:
+    """Quantize layers whose weights stand one above the other in `problem`."""
+    where = f"{', '.join(layers)} in block {block}"
+    clock = Phases(problem.hessian.device)
     try:
-        answer = solver.solve(problem, spec)
+        with clock.of("solve"):
+            answer = solver.solve(problem, spec)
     except Unsupported as error:
-        raise Unsupported(f"{name} in block {block}: {error}") from error
+        raise Unsupported(f"{where}: {error}") from error
     except ValueError as error:
-        raise InputError(f"{name} in block {block}: {error}") from error
-    seconds = _clock(problem.hessian) - start
-    weight = answer.weight
-    if not torch.isfinite(weight).all():
-        why = f"{type(solver).__name__} gave weights that are not finite"
-        return _left_alone(layer, block, name, stored_bits, why, non_finite=True)
-    layer.replace(weight)
-    error = problem.relative_error(layer.weight.float())  # in the model's dtype, so with its rounding
-    return _record(problem, answer, block, name, error, seconds)
+        raise InputError(f"{where}: {error}") from error
+    first = 0
+    for name, layer in layers.items():
+        rows = slice(first, first := first + len(layer.weight))
+        mine = answer.of_rows(rows) if len(layers) > 1 else answer
+        weight = mine.weight
+        if not torch.isfinite(weight).all():
+            why = f"{type(solver).__name__} gave weights that are not finite"
+            yield _left_alone(layer, block, name, stored_bits, why, non_finite=True)
+            continue
+        layer.replace(weight)
+        own = replace(problem, weight=problem.weight[rows])
+        error = own.relative_error(layer.weight.float())  # in the model's dtype, so with its rounding
+        yield _record(own, mine, block, name, error, clock.seconds["solve"] * len(weight) / len(problem.weight))
 
 
 def _record(
@@ -168,13 +192,6 @@ def _left_alone(
         left_alone=True,
         notes=why,
     )
-
-
-def _clock(tensor: Tensor) -> float:
-    """Seconds, after the device of `tensor` has done what it was given."""
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-    return time.perf_counter()
 
 
 def refuse_warnings(record: LayerRecord) -> None:

@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
-from analysis.collect import collect
+from analysis.__main__ import main
+from analysis.collect import collect, keep
 from analysis.tables import comparison, markdown
+from runners.checking import check
 from tests.conftest import PROJECT
 
 
@@ -49,6 +52,47 @@ def test_no_table_mixes_protocols_or_texts(tmp_path: Path, key: str, word: str) 
         collect(tmp_path)
 
 
+def test_seeds_of_a_series_become_one_row_with_mean_and_spread(tmp_path: Path) -> None:
+    for seed, ppl in enumerate((10.0, 11.0, 12.0)):
+        put(tmp_path, f"a{seed}", **run("gptq", 3, ppl, seed=seed, series="1"))
+    put(tmp_path, "b", **run("gptq", 3, 9.0, seed=0, series="2", group_size=64))
+    put(tmp_path, "c", **run("fp16", series="3"))
+    table = comparison(collect(tmp_path))
+    assert table["grid"].tolist() == ["", "per-channel", "group 64"]
+    assert table["a"].tolist() == ["10.00", "11.00 ± 1.00", "9.00"]  # the standard deviation of 10, 11, 12 is 1
+    assert table["seeds"].tolist() == ["1", "3", "1"]
+
+
+def test_raised_damping_is_marked_and_explained(tmp_path: Path) -> None:
+    put(tmp_path, "a", **run("gptq", 3, **{"warnings/damping_raised": 2}))
+    put(tmp_path, "b", **run("rtn", 3, **{"warnings/damping_raised": 0}))
+    table = comparison(collect(tmp_path))
+    assert table["method"].tolist() == ["rtn", "gptq †"]
+    assert "† damping was raised" in markdown(table)
+    assert "†" not in markdown(table.iloc[:1])
+
+
+def test_a_table_can_be_of_some_runs_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path, "a", **run("rtn", 3, group_size=64))
+    put(tmp_path, "b", **run("gptq", 3))
+    put(tmp_path, "c", **run("rtn", 4))
+    put(tmp_path, "d", **run("fp16"))
+    for condition, methods in {
+        "bits=3": "fp16 gptq rtn",
+        "group_size=null": "fp16 rtn gptq",
+        "method=rtn": "fp16 rtn rtn",
+    }.items():
+        main([str(tmp_path), condition])
+        rows = capsys.readouterr().out.splitlines()[2:]
+        assert " ".join(word for row in rows for word in row.split() if word in methods.split()) == methods
+    for wrong, sentence in {
+        "bits=5": "no run has bits=5: there are 3, 4, null",
+        "bit=3": "the runs have no bit: they",
+    }.items():
+        with pytest.raises(SystemExit, match=sentence):
+            main([str(tmp_path), wrong])
+
+
 def test_damaged_and_empty_studies_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no runs"):
         collect(tmp_path)
@@ -59,16 +103,31 @@ def test_damaged_and_empty_studies_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_readmes_table_is_the_committed_studys() -> None:
-    table = markdown(comparison(collect(PROJECT / "results" / "tiny")))
-    assert table in (PROJECT / "README.md").read_text(encoding="utf-8")
+    study = keep(collect(PROJECT / "results" / "tiny"), "bits", "3")
+    assert markdown(comparison(study)) in (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_methods_separate_on_the_committed_study() -> None:
-    rows = collect(PROJECT / "results" / "tiny").to_dict("records")
-    for text in ("ppl/stdlib_docs", "ppl/stdlib_source"):
-        value = {(row["method"], row["bits"]): row[text] for row in rows}
-        for bits in (2, 3):
-            assert value["gptq", bits] < value["rtn", bits]
-            assert value["quantease", bits] < value["gptq", bits]
-        assert value["rtn", 2] > 2 * value["gptq", 2]
-        assert value["rtn", 3] > 1.1 * value["gptq", 3]
+@pytest.fixture(scope="module")
+def study() -> pd.DataFrame:
+    frame = collect(PROJECT / "results" / "tiny")
+    return frame.loc[frame["status"] == "done"]
+
+
+def test_the_committed_study_is_whole(study: pd.DataFrame) -> None:
+    asked = {
+        (cell.method.name, cell.bits, cell.group_size or 0, cell.seed) if cell.quantizes else ("fp16", 0, 0, 0)
+        for cell in check(["experiment=tiny"], multirun=True)
+    }
+    cells = study[["method", "bits", "group_size", "seed"]].fillna(0).itertuples(index=False, name=None)
+    assert sorted(cells) == sorted(asked)
+
+
+@pytest.mark.parametrize("text", ["ppl/stdlib_docs", "ppl/stdlib_source"])
+def test_the_methods_separate_on_the_committed_study(study: pd.DataFrame, text: str) -> None:
+    per_channel = study.loc[study["group_size"].isna()]
+    value = per_channel.groupby(["method", "bits"])[text].mean().to_dict()
+    for bits in (2, 3):
+        assert value["gptq", bits] < value["rtn", bits]
+        assert value["quantease", bits] < value["gptq", bits]
+    assert value["rtn", 2] > 2 * value["gptq", 2]
+    assert value["rtn", 3] > 1.1 * value["gptq", 3]

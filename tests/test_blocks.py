@@ -151,3 +151,21 @@ def test_arguments_that_depend_on_the_text_are_refused() -> None:
     )
     with pytest.raises(InputError, match=r"block 1 .* depend on the text"):
         Walk(model, random_ids(2), batch_size=2)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_activations_in_host_memory_change_nothing(family: str) -> None:
+    """Run on a GPU where there is one, with copies ahead of the work; else the bookkeeping alone."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, ids = random_model(family).to(device), random_ids(7)
+    near, far = Walk(model, ids, 3, offload=False), Walk(model, ids, 3, offload=True)
+    assert all(batch.device.type == "cpu" for batch in far.hidden)
+    for index in range(len(near.blocks)):
+        groups = shared_inputs(near, index)
+        assert shared_inputs(far, index) == groups
+        pairs = zip(input_statistics(near, index, groups), input_statistics(far, index, groups), strict=True)
+        assert all(torch.equal(a.hessian, b.hessian) for a, b in pairs)
+        near.advance(index)
+        far.advance(index)
+    for mine, theirs in zip(near.hidden, far.hidden, strict=True):
+        assert torch.equal(mine.cpu(), theirs)

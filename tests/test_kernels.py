@@ -144,7 +144,7 @@ def test_blocks_of_any_size(fast: Pass, size: tuple[int, int]) -> None:
     same(*results)
 
 
-SOLVERS = [QuantEase(), QuantEase(init=GPTQ()), GPTQ(), ActOrder(GPTQ()), SpQR(threshold=0.1)]
+SOLVERS = [QuantEase(6), QuantEase(6, init=GPTQ()), GPTQ(), ActOrder(GPTQ()), SpQR(threshold=0.1)]
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -13,6 +13,8 @@ from baselines.gptq import GPTQ
 from baselines.rtn import RTN
 from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
+from quantease.quantease import QuantEase
+from runners import quantization
 from runners.blocks import decoder_blocks, linear_layers
 from runners.errors import InputError
 from runners.quantization import WARNINGS, LayerRecord, quantize, refuse_warnings, summary
@@ -238,3 +240,31 @@ def test_the_parameters_of_a_model_are_all_accounted_for() -> None:
     expected = figures["bits_per_weight"] * quantized + 32 * (total - quantized)
     assert figures["bits_per_parameter"] * total == pytest.approx(expected)
     assert figures["bits_per_weight"] < figures["bits_per_parameter"] < 32
+
+
+@pytest.mark.parametrize("solver", [RTN(), GPTQ(), QuantEase(num_iters=4), QuantEase(4, init=GPTQ())], ids=str)
+def test_layers_that_share_an_input_are_solved_as_one_with_the_same_result(
+    solver: LayerSolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, alone = random_model("llama"), random_model("llama")
+    records = run(together, solver)
+    monkeypatch.setattr(quantization, "takes_rows_alone", lambda _: False)
+    expected = run(alone, solver)
+    assert [(r.block, r.layer, r.out_features) for r in records] == [
+        (r.block, r.layer, r.out_features) for r in expected
+    ]
+    for mine, theirs in zip(records, expected, strict=True):
+        assert mine.relative_error == pytest.approx(theirs.relative_error, rel=2e-2)  # ties
+        assert mine.bits_per_weight == theirs.bits_per_weight
+
+
+def test_methods_that_look_at_all_rows_are_given_each_layer_alone() -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    class Looks(Spy):
+        def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
+            shapes.append(tuple(problem.weight.shape))
+            return RTN().solve(problem, spec)
+
+    records = run(random_model("llama"), Looks())
+    assert shapes == [(record.out_features, record.in_features) for record in records]

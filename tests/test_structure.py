@@ -36,7 +36,8 @@ def imports(file: Path) -> set[str]:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_point_one_way(package: str) -> None:
     for file in (PROJECT / package).rglob("*.py"):
-        assert imports(file) & set(PACKAGES) <= ALLOWED[package], file
+        compares = {"baselines"} if file.parent.name == "benchmark" else set()  # it times methods by name
+        assert imports(file) & set(PACKAGES) <= ALLOWED[package] | compares, file
 
 
 def test_the_mathematics_needs_torch_and_nothing_else() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from quantease.kernels import Columns
 
-ROWS = 64  # taken together
+ROWS = 64  # taken together, at most
 NONE = np.empty(0, np.float32)
 NO_GRID = np.empty((0, 0), np.float32)
 NO_GROUP = np.empty(0, np.int32)
@@ -25,7 +25,8 @@ def run_block(
     limit: Tensor | None,
 ) -> None:
     """See `quantease.kernels.run_block`."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # pyright: ignore
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # pyright: ignore
+    numba.set_num_threads(threads)
     _run(
         values.numpy(),
         work.numpy(),
@@ -33,6 +34,7 @@ def run_block(
         *((NO_GRID, NO_GRID, NO_GROUP, 0) if columns is None else _arrays(columns)),
         NONE if curvature is None else curvature.numpy(),
         NONE if limit is None else limit.numpy(),
+        threads,
     )
 
 
@@ -41,13 +43,14 @@ def _arrays(columns: "Columns") -> tuple[np.ndarray, np.ndarray, np.ndarray, int
 
 
 @numba.njit(parallel=True, cache=True, error_model="numpy")
-def _run(values, work, coupling, scale, zero, group, max_code, curvature, limit):  # noqa: ANN
+def _run(values, work, coupling, scale, zero, group, max_code, curvature, limit, threads):  # noqa: ANN
     rows = values.shape[1]
-    for part in numba.prange((rows + ROWS - 1) // ROWS):
-        first = part * ROWS
-        _run_rows(
-            values, work, coupling, scale, zero, group, max_code, curvature, limit, first, min(ROWS, rows - first)
-        )
+    parts = (rows + ROWS * threads - 1) // (ROWS * threads) * threads  # as many for each thread
+    size = ((rows + parts - 1) // parts + 15) // 16 * 16  # whole vectors
+    for part in numba.prange((rows + size - 1) // size):
+        first = part * size
+        count = min(size, rows - first)
+        _run_rows(values, work, coupling, scale, zero, group, max_code, curvature, limit, first, count)
 
 
 @numba.njit(cache=True, error_model="numpy")
@@ -55,10 +58,9 @@ def _run_rows(values, work, coupling, scale, zero, group, max_code, curvature, l
     block = values.shape[0]
     descends, rounds, keeps = len(curvature) > 0, len(group) > 0, len(limit) > 0
     last = first + count
-    change = np.empty(ROWS, np.float32)
+    target, change = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
     for j in range(block):
         mine, old = work[j, first:last], values[j, first:last]
-        target = np.empty(ROWS, np.float32)
         if descends:
             for r in range(count):
                 target[r] = old[r] + mine[r] / curvature[j]

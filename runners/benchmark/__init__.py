@@ -1,0 +1,1 @@
+"""`python -m runners.benchmark`: how fast the solvers are, as ratios against stated alternatives in one run."""

@@ -1,0 +1,81 @@
+"""Whole models of OPT, from their shape, with random weights: where the time goes.
+
+Neither the quality of the weights nor that of the text matters to the time, so nothing has to be downloaded.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, OPTConfig
+
+from baselines.gptq import GPTQ
+from quantease.grid import GridSpec
+from quantease.layer import LayerSolver
+from quantease.quantease import QuantEase
+from runners.benchmark.layers import WIDTHS
+from runners.meter import Meter, Phases
+from runners.quantization import quantize
+
+DEPTHS = {"125m": 12, "1.3b": 24, "2.7b": 32, "6.7b": 32, "13b": 40, "30b": 48, "66b": 64}
+HEADS = {"125m": 12, "1.3b": 32, "2.7b": 32, "6.7b": 32, "13b": 40, "30b": 56, "66b": 72}
+METHODS: dict[str, LayerSolver] = {"gptq": GPTQ(), "quantease": QuantEase()}
+BATCH_TOKENS = 16_384
+
+
+def random_opt(name: str, device: torch.device) -> nn.Module:
+    """OPT in float16, as it is published, with random weights."""
+    width = WIDTHS[name]
+    config = OPTConfig(
+        hidden_size=width,
+        word_embed_proj_dim=width,
+        ffn_dim=4 * width,
+        num_hidden_layers=DEPTHS[name],
+        num_attention_heads=HEADS[name],
+        max_position_embeddings=2048,
+    )
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = model.to_empty(device=device).eval().requires_grad_(False)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.02)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+    model.tie_weights()
+    return model
+
+
+def measure(name: str, method: str, sequences: int, length: int, device: torch.device) -> dict[str, Any]:
+    """One row of `models.csv`: seconds of each phase, and the peak memory."""
+    phases = Phases(device)
+    ids = torch.randint(4, 50_000, (sequences, length), generator=torch.Generator().manual_seed(0))
+    with Meter(device) as meter:
+        with phases.of("load"):
+            model = random_opt(name, device)
+        records = quantize(
+            model,
+            ids,
+            METHODS[method],
+            GridSpec(3),
+            true_sequential=False,
+            batch_size=max(1, BATCH_TOKENS // length),
+            stored_bits=16,
+            report=lambda _: None,
+            phases=phases,
+        )
+    parts = {f"{phase}_seconds": value for phase, value in phases.seconds.items()}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "model": f"opt-{name}",
+        "parameters": parameters,
+        "method": method,
+        "sequences": sequences,
+        "length": length,
+        **parts,
+        "seconds": meter.seconds,
+        "peak_memory_gb": meter.peak_memory_gb,
+        "mean_relative_error": sum(record.relative_error for record in records) / len(records),
+    }
