@@ -15,7 +15,7 @@ from quantease.kernels.plain import nearest
 FLOAT16_SMALLEST = 2.0**-24  # the smallest positive float16
 SHRINKS = [1 - step / 100 for step in range(80)]  # of the range, that the MSE search tries (GPTQ's authors' code)
 MSE_NORM = 2.4  # the power of the rounding error that it minimizes
-ROWS_BYTES = 2**26  # of a float32 matrix that are encoded at once
+ROWS_BYTES = 2**24  # of a float32 matrix that are encoded at once
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ class QuantEase:
             for _ in range(self.sweeps_per_refit):
                 sweep(w_hat, target, residual, hessian, grid)
                 track()
+        del residual  # its memory does for the codes
         return QuantizedLayer(grid.encode(w_hat.T), grid, history=tuple(history))
 
 
