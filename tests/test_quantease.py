@@ -243,3 +243,34 @@ def test_the_column_by_column_walk_that_speed_is_measured_against_finds_the_same
     answer = QuantEase(num_iters=3).solve(problem, GridSpec(3))
     assert (answer.weight - walk.w_hat).abs().gt(1e-4).float().mean() < 0.02  # ties
     assert problem.relative_error(answer.weight) == pytest.approx(problem.relative_error(walk.w_hat), rel=1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("splits", [False, True])
+def test_sweeps_never_wait_for_the_gpu(splits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descent, "_worth_splitting", lambda _: splits)
+    problem = random_problem(96, 600)
+    hessian, weight = problem.hessian.cuda(), problem.weight.cuda()
+    grid = replace(problem, weight=weight, hessian=hessian).fit_grid(GridSpec(3))
+    w_hat = weight.T.contiguous()
+    residual, watch = descent.Residual(weight.T, w_hat), descent.Watch(w_hat.device)
+    descent.sweep(w_hat, weight.T, residual, hessian, grid, watch)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for rounds in (True, False, True):
+            descent.sweep(w_hat, weight.T, residual, hessian, grid if rounds else None, watch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = QuantEase(num_iters=4, relax_every=None).solve(problem, GridSpec(3))
+    assert problem.relative_error(w_hat.T.cpu()) < 1.5 * problem.relative_error(expected.weight)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_finds_what_the_cpu_finds() -> None:
+    problem = random_problem(128, 700, seed=3)
+    there = LayerProblem(problem.weight.cuda(), problem.hessian.cuda())
+    for solver in (QuantEase(), QuantEase(relax_every=None), GPTQ(), QuantEase(init=GPTQ(), grid_refits=2)):
+        for spec in SPECS:
+            here = problem.relative_error(solver.solve(problem, replace(spec, group_size=None)).weight)
+            gpu = solver.solve(there, replace(spec, group_size=None)).weight.cpu()
+            assert problem.relative_error(gpu) == pytest.approx(here, rel=2e-2)
