@@ -93,7 +93,7 @@ class SpQR:
         group_size = min(spec.group_size or self.group_size, weight.shape[1])
         pivot = factor.diagonal()
         coupling = factor / -pivot[:, None]
-        threshold = self.threshold * _mean_cost(weight, pivot)
+        threshold = self.threshold * _mean_cost(weight, pivot, alive)
         limit = torch.where(alive, threshold * pivot.square(), torch.inf)
         remaining = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out), compensated as it goes
         values = torch.empty_like(remaining)
@@ -164,9 +164,8 @@ def _round(values: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> Tenso
 
 def _encode(values: Tensor, scale: Tensor, zero: Tensor, limit: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
     """The codes (n, out) of one group, that of zero for outliers, and which values (n, out) are outliers."""
-    kept = (values - _round(values, scale, zero, spec)).square() > limit[
-        :, None
-    ]  # what was rounded is its own rounding
+    # What was rounded is its own rounding, so what is far from it was kept.
+    kept = (values - _round(values, scale, zero, spec)).square() > limit[:, None]
     codes, _ = nearest(torch.where(kept, 0.0, values), scale, zero, spec.max_code)
     return (codes + zero.floor()).to(torch.uint8), kept
 
@@ -183,19 +182,19 @@ def _outliers(values: Tensor, kept: Tensor, codes: Tensor, grid: Grid) -> Outlie
 
 def _quantize_statistics(values: Tensor, bits: int, group_size: int) -> Tensor:
     """`values` (out,) as they are stored: `bits` bits each, with a float16 scale and minimum a second-level group."""
-    groups = []
-    for group in values.split(group_size):
-        low, high = group.min(), group.max()
-        step = ((high - low) / (2**bits - 1)).half().to(group.dtype)
-        low = low.half().to(group.dtype)
-        codes = torch.round((group - low) / step).clamp(0, 2**bits - 1) if step > 0 else torch.zeros_like(group)
-        groups.append(low + step * codes)
-    return torch.cat(groups)
+    missing = -len(values) % group_size  # of the last group: filled with its last value, which changes no range
+    groups = torch.cat([values, values[-1:].expand(missing)]).view(-1, group_size)
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    step = ((high - low) / (2**bits - 1)).half().to(values.dtype)
+    low = low.half().to(values.dtype)
+    codes = torch.round((groups - low) / torch.where(step > 0, step, 1.0)).clamp(0, 2**bits - 1)
+    return (low + step * codes).flatten()[: len(values)]
 
 
-def _mean_cost(weight: Tensor, pivot: Tensor) -> float:
-    variance = weight.var(dim=0, correction=min(1, len(weight) - 1))
-    return (variance / pivot.square()).mean().item()
+def _mean_cost(weight: Tensor, pivot: Tensor, alive: Tensor) -> float:
+    """Of rounding a weight, as the threshold is relative to it: the mean over the inputs that are ever used."""
+    cost = weight.var(dim=0, correction=min(1, len(weight) - 1)) / pivot.square()
+    return (cost * alive).sum().item() / max(1, int(alive.sum()))
 
 
 def _without_outliers(group: Tensor, pivot: Tensor, limit: float, spec: GridSpec) -> Tensor:

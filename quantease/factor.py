@@ -12,16 +12,18 @@ def inverse_factor(problem: LayerProblem, damping: float) -> tuple[Tensor, float
     """The upper Cholesky factor (in, in) of the inverse of the damped Hessian, and the damping that it took.
 
     Args:
-        damping: fraction of the mean diagonal that is added to the diagonal. Where the factorization fails it is raised
-            tenfold until it succeeds; it is for the caller to say so.
+        damping: fraction of the mean diagonal (of the inputs that are not always zero) that is added to the diagonal.
+            Where the factorization fails it is raised tenfold until it succeeds; it is for the caller to say so.
 
     Raises:
         Unsupported: no damping helps.
     """
     diagonal = problem.hessian.diagonal()
-    diagonal = torch.where(diagonal == 0, 1.0, diagonal)  # an input that is always zero: its weights are only rounded
+    alive = diagonal > 0
+    mean = torch.where(alive.any(), diagonal.sum() / alive.sum().clamp(min=1), 1.0)  # of the inputs that are ever used
+    diagonal = torch.where(alive, diagonal, mean)  # the weights of the others are only rounded
     while damping <= LARGEST_DAMPING:
-        factor = _factor(problem.hessian, diagonal + damping * diagonal.mean())
+        factor = _factor(problem.hessian, diagonal + damping * mean)
         if factor is not None:
             return factor, damping
         damping = max(10 * damping, 1e-4)

@@ -18,6 +18,7 @@ from quantease.grid import Grid, GridSpec, storable
 from quantease.layer import LayerProblem, Outliers, QuantizedLayer
 from quantease.quantease import Schedule
 
+SMALLEST = 1e-30  # an eigenvalue, where all inputs are always zero
 POWER_ITERATIONS = 64  # for the largest eigenvalue: from below, within 8 % at 20,000 columns whatever the spectrum
 SAFETY = 1.1  # which this makes up for
 
@@ -53,7 +54,7 @@ class OutlierQuantEase:
         target = weight - sparse
         w_hat = target.clone(memory_format=torch.contiguous_format)
         residual = Residual(target, w_hat)  # W - W_hat - S
-        step = 1 / (SAFETY * largest_eigenvalue(hessian))
+        step = 1 / (SAFETY * largest_eigenvalue(problem.hessian))
 
         history = []
         schedule, watch = Schedule(self.num_iters, self.relax_every), Watch(w_hat.device)
@@ -64,7 +65,7 @@ class OutlierQuantEase:
             if watched and watch.settled():
                 break
             if self._count(weight):
-                sparse = residual.pull(hessian).mul_(step).add_(sparse)
+                sparse = residual.pull(problem.hessian).mul_(step).add_(sparse)
                 sparse *= self._keep(sparse.abs())
                 target = weight - sparse
                 residual.update(target, w_hat)
@@ -101,12 +102,14 @@ class OutlierQuantEase:
         if not len(rows):
             return QuantizedLayer(codes, grid, history=history)
         values = storable(whole[rows, columns], grid.spec.scale_bits)
-        return QuantizedLayer(codes, grid, Outliers(rows, columns, values, self.structured), history=history)
+        return QuantizedLayer(
+            codes, grid, Outliers(rows, columns, values, self.structured, grid.spec.scale_bits), history=history
+        )
 
 
 def largest_eigenvalue(hessian: Tensor) -> Tensor:
     """The largest eigenvalue of a positive semidefinite matrix, by power iteration: a little too small."""
     vector = torch.randn(len(hessian), generator=torch.Generator().manual_seed(0)).to(hessian)
     for _ in range(POWER_ITERATIONS):
-        vector = hessian @ (vector / vector.norm())
-    return vector.norm()
+        vector = hessian @ (vector / vector.norm().clamp(min=SMALLEST))
+    return vector.norm().clamp(min=SMALLEST)

@@ -105,7 +105,7 @@ class QuantEase:
             if watched and watch.settled():
                 break
         for _ in range(self.grid_refits):
-            grid = refit(w_hat, target, residual, hessian, grid)
+            grid = refit(w_hat, target, residual, problem.hessian, grid)  # in which dead inputs count for nothing
             track()
             for _ in range(self.sweeps_per_refit):
                 sweep(w_hat, target, residual, hessian, grid)

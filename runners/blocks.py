@@ -129,15 +129,17 @@ class Walk:
         Raises:
             InputError: they are not finite, so nothing that follows would mean anything.
         """
+        finite = torch.ones((), dtype=torch.bool, device=self._device)
         for place, output in enumerate(self.run(index)):
-            if not torch.isfinite(output).all():
-                raise InputError(
-                    f"the activations that leave block {index} are not finite: try model.dtype=bfloat16 or float32"
-                )
+            finite &= torch.isfinite(output).all()  # asked for at the end, so that no batch waits for it
             if self._offloads:
                 self.hidden[place].copy_(output, non_blocking=True)
             else:
                 self.hidden[place] = output
+        if not finite:
+            raise InputError(
+                f"the activations that leave block {index} are not finite: try model.dtype=bfloat16 or float32"
+            )
 
     def _record(self, batch: Tensor) -> list[Call]:
         calls: list[Call] = []

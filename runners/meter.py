@@ -13,7 +13,18 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "hydra-core", "wandb", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "safetensors",
+    "hydra-core",
+    "wandb",
+    "numpy",
+    "numba",
+    "triton",
+)
 
 
 class Meter:

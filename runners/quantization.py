@@ -102,7 +102,7 @@ def _quantize_block(
         groups = shared_inputs(walk, index)
     layers = linear_layers(walk.blocks[index])
     used = {name for group in groups for name in group}
-    for name in layers.keys() - used:
+    for name in (name for name in layers if name not in used):
         yield _left_alone(layers[name], index, name, stored_bits, "never used, so there is nothing to calibrate it on")
     for passed in [[group] for group in groups] if true_sequential else [groups]:
         with phases.of("calibrate"):

@@ -17,7 +17,7 @@ from quantease.outliers import OutlierQuantEase
 from quantease.quantease import QuantEase, Schedule
 from quantease.refit import refit
 from tests import reference
-from tests.problems import best_codes, random_problem
+from tests.problems import best_codes, random_problem, with_dead_columns
 
 SPECS = [GridSpec(3), GridSpec(2, group_size=32), GridSpec(4, symmetric=True)]
 TINY_SPECS = [GridSpec(2), GridSpec(3), GridSpec(2, symmetric=True), GridSpec(2, group_size=2)]
@@ -169,6 +169,16 @@ def test_refitting_the_grid_never_raises_the_objective_and_beats_the_paper(spec:
         stored = answer.grid.scale.half().float()
         assert torch.equal(stored, answer.grid.scale)
         assert torch.equal(answer.grid.zero.half().float(), answer.grid.zero)
+
+
+def test_a_refit_never_raises_the_error_beside_dead_columns_of_a_small_hessian() -> None:
+    for spec in (GridSpec(3), GridSpec(3, group_size=16)):
+        problem = with_dead_columns(random_problem(48, 64), list(range(0, 64, 8)))
+        problem = replace(problem, hessian=problem.hessian * 1e-6)
+        plain = QuantEase().solve(problem, spec)
+        answer = QuantEase(grid_refits=4, track_objective=True).solve(problem, spec)
+        assert all(later <= earlier * (1 + 1e-5) for earlier, later in pairwise(answer.history[-4 * 4 - 1 :]))
+        assert problem.relative_error(answer.weight) < problem.relative_error(plain.weight)
 
 
 def test_products_of_two_halves_are_those_of_float32_but_for_the_last_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,15 @@ def test_the_hessians_scale_does_not_matter(solver: LayerSolver, problem: LayerP
     assert torch.equal(solve(solver, problem, spec).codes, solve(solver, scaled, spec).codes)
 
 
+def test_the_hessians_scale_does_not_matter_beside_dead_columns_either(solver: LayerSolver) -> None:
+    problem = with_dead_columns(random_problem(), list(range(0, 128, 3)))
+    assert problem.mean_input is not None
+    small = replace(problem, hessian=problem.hessian * 2.0**-20, mean_input=problem.mean_input * 2.0**-10)
+    first, second = solve(solver, problem, GridSpec(3)), solve(solver, small, GridSpec(3))
+    assert torch.equal(first.codes, second.codes)
+    assert first.damping == second.damping
+
+
 def test_dead_columns_are_rounded_to_nearest(solver: LayerSolver, problem: LayerProblem, spec: GridSpec) -> None:
     dead = [5, 6, 100]
     problem = with_dead_columns(problem, dead)
