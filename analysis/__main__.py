@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from analysis.collect import collect, keep
-from analysis.tables import comparison, markdown
+from analysis.tables import comparison, counts, markdown
 
 
 def main(arguments: list[str]) -> None:
@@ -22,6 +22,8 @@ def main(arguments: list[str]) -> None:
         for column, _, value in conditions:
             frame = keep(frame, column, value)
         print(markdown(comparison(frame)))
+        if set(frame["status"]) != {"done"}:
+            print(f"\nOf {len(frame)} runs: {counts(frame)}. The table shows those that are done.")
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -20,6 +20,7 @@ ORDER = [  # of the methods; others follow by name
     "spqr_1pct",
     "spqr",
 ]
+OWN_GRID = "its own"
 RAISED = " †"  # after the name of a method that had to raise its damping in some layer
 RAISED_NOTE = "† damping was raised in some layers because the factorization failed: see their layers.csv"
 
@@ -28,17 +29,27 @@ def comparison(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a series of runs that differ only in their seed: mean ± standard deviation of what is done.
 
     Perplexities, relative layer error and bits per weight; the number of seeds where it is not the same for all.
+
+    Raises:
+        ValueError: no run is done.
     """
     done = frame.loc[frame["status"] == "done"]
+    if done.empty:
+        raise ValueError(f"no run is done: there are {counts(frame)}")
     texts = [column for column in frame.columns if column.startswith("ppl/")]
     series = done.get("series", done["folder"]).fillna(done["folder"])
     rows = [_row(runs, texts) for _, runs in done.groupby(series, sort=False)]
     rows.sort(key=lambda row: row.pop("sort"))
     table = pd.DataFrame(rows)
-    for column in ("grid", "seeds"):
-        if table[column].iloc[table["quantized"].to_numpy().nonzero()[0]].nunique() < 2:
-            del table[column]
+    quantized = [row["quantized"] for row in rows]
+    if len({row["seeds"] for row, is_one in zip(rows, quantized, strict=True) if is_one}) < 2:
+        del table["seeds"]
     return table.drop(columns="quantized")
+
+
+def counts(frame: pd.DataFrame) -> str:
+    """How many runs ended how: 3 done, 1 failed."""
+    return ", ".join(f"{count} {status}" for status, count in frame["status"].value_counts().items())
 
 
 def _row(runs: pd.DataFrame, texts: list[str]) -> dict[str, Any]:
@@ -64,13 +75,16 @@ def _place(first: dict[Hashable, Any]) -> tuple[Any, ...]:
     """Where a row stands: model, full precision, bits downwards, grid, method."""
     method = first["method"]
     rank = ORDER.index(method) if method in ORDER else len(ORDER)
-    grid = (-(first.get("group_size") or math.inf), _grid(first))
+    words = _grid(first)
+    grid = (words == OWN_GRID, -(first.get("group_size") or math.inf), words)
     return first["model"], method != "fp16", -first.get("bits", 0), *grid, rank, method
 
 
 def _grid(first: dict[Hashable, Any]) -> str:
     """The grid in words, without its bits."""
     group = first.get("group_size")
+    if group is None and first["method"].startswith("spqr"):
+        return OWN_GRID  # two-level groups, of 16 columns unless the method's settings say otherwise
     words = [f"group {group:g}" if group else "per-channel", "symmetric" * bool(first.get("symmetric"))]
     words += ["mse" * (first.get("grid_range") == "mse"), "act-order" * bool(first.get("act_order"))]
     return " ".join(word for word in words if word)

@@ -1,1 +1,4 @@
-"""Layer-wise post-training quantization: the problem, the grid and the QuantEase solver. Needs torch and nothing else."""
+"""Layer-wise post-training quantization: the problem, the grid and the QuantEase solvers.
+
+Needs torch; numba on a CPU and Triton on a GPU compile the pass over a block.
+"""

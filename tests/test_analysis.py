@@ -93,6 +93,15 @@ def test_a_table_can_be_of_some_runs_only(tmp_path: Path, capsys: pytest.Capture
             main([str(tmp_path), wrong])
 
 
+def test_runs_that_are_not_done_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path, "a", status="failed", model="m", method="gptq", bits=3)
+    with pytest.raises(SystemExit, match="no run is done: there are 1 failed"):
+        main([str(tmp_path)])
+    put(tmp_path, "b", **run("rtn", 3))
+    main([str(tmp_path)])
+    assert "Of 2 runs: 1 failed, 1 done" in capsys.readouterr().out.replace("1 done, 1 failed", "1 failed, 1 done")
+
+
 def test_damaged_and_empty_studies_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no runs"):
         collect(tmp_path)
