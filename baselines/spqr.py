@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantease.factor import inverse_factor, raised
-from quantease.grid import MSE_NORM, SHRINKS, Grid, GridSpec
+from quantease.grid import Grid, GridSpec, least_error
 from quantease.kernels import Columns, run_block
 from quantease.kernels.plain import nearest
 from quantease.layer import ActOrder, LayerProblem, Outliers, QuantizedLayer
@@ -117,7 +117,10 @@ class SpQR:
 
     def _fit(self, group: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
         """The two-level scale and zero point (out,) of the weights of one group (out, n)."""
-        scale, zero = _fit_mse(group, spec) if spec.range == "mse" else _range(group, spec)
+        if spec.range == "mse":
+            scale, zero = least_error(group, spec.max_code, lambda shrink: _range(group, spec, shrink))
+        else:
+            scale, zero = _range(group, spec)
         scale = _quantize_statistics(scale, self.scale_bits, self.second_group_size).clamp(min=SMALLEST)
         return scale, zero if spec.symmetric else _quantize_statistics(zero, self.zero_bits, self.second_group_size)
 
@@ -140,20 +143,6 @@ def _range(values: Tensor, spec: GridSpec, shrink: float = 1.0) -> tuple[Tensor,
     scale = torch.where(constant, low.abs(), (high - low) / spec.max_code)
     scale = torch.where(scale == 0, 1.0, scale)
     return scale, torch.full_like(scale, (spec.max_code + 1) / 2) if spec.symmetric else -low / scale
-
-
-def _fit_mse(group: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
-    """The shrunken range with the least rounding error of each row, as on the shared grid."""
-    best = _range(group, spec)
-    least = torch.full_like(best[0], torch.inf)
-    for shrink in SHRINKS:
-        scale, zero = _range(group, spec, shrink)
-        rounded = _round(group, scale[:, None], zero[:, None], spec)
-        error = (rounded - group).abs().pow(MSE_NORM).sum(-1)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = torch.where(better, scale, best[0]), torch.where(better, zero, best[1])
-    return best
 
 
 def _round(values: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:

@@ -3,7 +3,7 @@
 Every method fits its grid here, so that methods given the same options round to the same values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,7 +86,10 @@ class Grid:
             raise ValueError(f"group_size {spec.group_size} does not divide {in_features} columns")
         group_size = spec.group_size or in_features
         grouped = weight.reshape(out_features, -1, group_size)
-        scale, zero = _fit_mse(grouped, spec) if spec.range == "mse" else _fit_range(grouped, spec, 1.0)
+        if spec.range == "mse":
+            scale, zero = least_error(grouped, spec.max_code, lambda shrink: _fit_range(grouped, spec, shrink))
+        else:
+            scale, zero = _fit_range(grouped, spec, 1.0)
         group = torch.arange(in_features, device=weight.device) // group_size
         return cls(spec, scale, zero, group)
 
@@ -161,15 +164,19 @@ def _fit_range(grouped: Tensor, spec: GridSpec, shrink: float) -> tuple[Tensor, 
     return scale, middle if spec.symmetric else torch.round(-low / scale).clamp(0, spec.max_code)
 
 
-def _fit_mse(grouped: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
-    """The shrunken range with the least rounding error in each group."""
-    scale, zero = _fit_range(grouped, spec, 1.0)
+def least_error(values: Tensor, max_code: int, fit: Callable[[float], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the shrunken range with the least rounding error along the last dimension of `values`.
+
+    Args:
+        fit: gives scale and zero point, of the shape of `values` less that dimension, for a part of the range.
+    """
+    scale, zero = fit(1.0)
     least = torch.full_like(scale, torch.inf)
     for shrink in SHRINKS:
-        trial_scale, trial_zero = _fit_range(grouped, spec, shrink)
-        s, z = trial_scale[..., None], trial_zero[..., None]
-        rounded = s * ((torch.round(grouped / s) + z).clamp(0, spec.max_code) - z)
-        error = (rounded - grouped).abs_().pow_(MSE_NORM).sum(-1)
+        trial_scale, trial_zero = fit(shrink)
+        codes, fraction = nearest(values, trial_scale[..., None], trial_zero[..., None], max_code)
+        rounded = (codes - fraction) * trial_scale[..., None]
+        error = (rounded - values).abs_().pow_(MSE_NORM).sum(-1)
         better = error < least
         least = torch.where(better, error, least)
         scale, zero = torch.where(better, trial_scale, scale), torch.where(better, trial_zero, zero)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.spqr import SpQR, _fit_mse, _range, _round
-from quantease.grid import GridSpec
+from baselines.spqr import SpQR, _range, _round
+from quantease.grid import GridSpec, least_error
 from tests.problems import random_problem, with_dead_columns
 
 
@@ -151,10 +151,11 @@ def test_symmetric_grids_store_no_zero_points() -> None:
 def test_shrunken_ranges_round_better() -> None:
     """What the search minimizes, on its own: the weights of each group rounded, without any compensation."""
     group = random_problem(64, 16).weight
-    spec = GridSpec(3, range="mse")
-    errors = []
-    for scale, zero in (_range(group, spec), _fit_mse(group, spec)):
-        errors.append((_round(group, scale[:, None], zero[:, None], spec) - group).abs().pow(2.4).sum(1))
+    whole, shrunken = (_range(group, GridSpec(3)), least_error(group, 7, lambda part: _range(group, GridSpec(3), part)))
+    errors = [
+        (_round(group, scale[:, None], zero[:, None], GridSpec(3)) - group).abs().pow(2.4).sum(1)
+        for scale, zero in (whole, shrunken)
+    ]
     assert (errors[1] <= errors[0]).all()
     assert errors[1].sum() < 0.9 * errors[0].sum()
 
