@@ -43,7 +43,7 @@ def _arrays(columns: "Columns") -> tuple[np.ndarray, np.ndarray, np.ndarray, int
 
 
 @numba.njit(parallel=True, cache=True, error_model="numpy")
-def _run(values, work, coupling, scale, zero, group, max_code, curvature, limit, threads):  # noqa: ANN
+def _run(values, work, coupling, scale, zero, group, max_code, curvature, limit, threads):
     rows = values.shape[1]
     parts = (rows + ROWS * threads - 1) // (ROWS * threads) * threads  # as many for each thread
     size = ((rows + parts - 1) // parts + 15) // 16 * 16  # whole vectors
@@ -54,7 +54,7 @@ def _run(values, work, coupling, scale, zero, group, max_code, curvature, limit,
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _run_rows(values, work, coupling, scale, zero, group, max_code, curvature, limit, first, count):  # noqa: ANN
+def _run_rows(values, work, coupling, scale, zero, group, max_code, curvature, limit, first, count):
     block = values.shape[0]
     descends, rounds, keeps = len(curvature) > 0, len(group) > 0, len(limit) > 0
     last = first + count
