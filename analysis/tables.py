@@ -41,10 +41,9 @@ def comparison(frame: pd.DataFrame) -> pd.DataFrame:
     rows = [_row(runs, texts) for _, runs in done.groupby(series, sort=False)]
     rows.sort(key=lambda row: row.pop("sort"))
     table = pd.DataFrame(rows)
-    quantized = [row["quantized"] for row in rows]
-    if len({row["seeds"] for row, is_one in zip(rows, quantized, strict=True) if is_one}) < 2:
+    if len({row["seeds"] for row in rows if row["bits"]}) < 2:  # the unquantized model has neither
         del table["seeds"]
-    return table.drop(columns="quantized")
+    return table
 
 
 def counts(frame: pd.DataFrame) -> str:
@@ -58,7 +57,6 @@ def _row(runs: pd.DataFrame, texts: list[str]) -> dict[str, Any]:
     raised = "warnings/damping_raised" in runs and runs["warnings/damping_raised"].fillna(0).any()
     row = {
         "sort": _place(first),
-        "quantized": quantized,
         "model": first["model"],
         "bits": str(int(first["bits"])) if quantized else "",
         "grid": _grid(first) if quantized else "",

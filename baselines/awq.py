@@ -45,11 +45,14 @@ class AWQ:
 
     def _clip(self, problem: LayerProblem, whole: Grid, spec: GridSpec) -> Grid:
         """For each row and group the range with the least error of that group's own part of the output."""
-        grid, errors = whole, _group_errors(problem, whole)
+        columns = whole.group.argsort(stable=True).view(whole.scale.shape[1], -1)  # (groups, group_size)
+        within = problem.hessian[columns[:, :, None], columns[:, None, :]]
+        largest = problem.weight.abs()[:, columns].amax(-1)[:, whole.group]
+        grid, errors = whole, _group_errors(problem, whole, columns, within)
         for step in range(1, self.clip_steps):
-            limit = 1 - self.max_shrink * step / self.clip_steps
-            trial = problem.fit_grid(spec, _clipped(problem.weight, whole, limit))
-            trial_errors = _group_errors(problem, trial)
+            bound = (1 - self.max_shrink * step / self.clip_steps) * largest
+            trial = problem.fit_grid(spec, problem.weight.clamp(-bound, bound))
+            trial_errors = _group_errors(problem, trial, columns, within)
             grid = _choose(trial_errors < errors, trial, grid)
             errors = torch.minimum(errors, trial_errors)
         # The groups were taken each on its own: undo it in rows whose whole error has risen.
@@ -78,28 +81,20 @@ def _scale(mean_input: Tensor, exponent: float) -> Tensor:
     return storable((scale / (scale.max() * scale.min()).sqrt()).clamp(1e-4, 6e4), 16)
 
 
-def _clipped(weight: Tensor, grid: Grid, limit: float) -> Tensor:
-    """`weight` (out, in) with each row and group clamped to `limit` times its largest magnitude."""
-    bound = limit * weight.abs()[:, _columns(grid)].amax(-1)[:, grid.group]
-    return weight.clamp(-bound, bound)
-
-
-def _columns(grid: Grid) -> Tensor:
-    """(groups, group_size): the columns of each group."""
-    return grid.group.argsort(stable=True).view(grid.scale.shape[1], -1)
-
-
 def _choose(condition: Tensor, first: Grid, second: Grid) -> Grid:
     """The grid that is `first` where `condition` (out, groups) holds and `second` elsewhere."""
     scale, zero = torch.where(condition, first.scale, second.scale), torch.where(condition, first.zero, second.zero)
     return replace(first, scale=scale, zero=zero)
 
 
-def _group_errors(problem: LayerProblem, grid: Grid) -> Tensor:
-    """(out, groups): d_g H_gg d_g^T for the part d_g of a row's rounding error that lies in group g."""
-    columns = _columns(grid)
+def _group_errors(problem: LayerProblem, grid: Grid, columns: Tensor, within: Tensor) -> Tensor:
+    """(out, groups): d_g H_gg d_g^T for the part d_g of a row's rounding error that lies in group g.
+
+    Args:
+        columns: (groups, group_size), those of each group.
+        within: (groups, group_size, group_size), their part of the Hessian.
+    """
     part = _error(problem, grid).T[columns]  # (groups, group_size, out)
-    within = problem.hessian[columns[:, :, None], columns[:, None, :]]
     return (part * (within @ part)).sum(1).T
 
 

@@ -6,6 +6,7 @@ b + (b_scale + b_zero) / g + 64 / (g g2) + 32 r, where r is the share of outlier
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from quantease.factor import inverse_factor, raised
 from quantease.grid import Grid, GridSpec, least_error
 from quantease.kernels import Columns, run_block
-from quantease.kernels.plain import nearest
+from quantease.kernels.plain import nearest_codes, nearest_values
 from quantease.layer import ActOrder, LayerProblem, Outliers, QuantizedLayer
 
 SMALLEST = 1e-9  # a scale that is quantized to zero (in the authors' code, too)
@@ -63,22 +64,28 @@ class SpQR:
             return ActOrder(replace(self, act_order=False)).solve(problem, spec)
         factor, damping = inverse_factor(problem, self.damping)
         alive = problem.hessian.diagonal() > 0
-        solve = self._solve if self.outlier_ratio is None else self._hit_ratio
-        answer = solve(problem.weight, factor, alive, spec)
+        pivot = factor.diagonal().clone()
+        coupling = factor.div_(-pivot[:, None])
+        cost = _mean_cost(problem.weight, pivot, alive)
+
+        def solve(threshold: float) -> QuantizedLayer:
+            return self._solve(problem.weight, coupling, pivot, alive, threshold * cost, spec)
+
+        answer = solve(self.threshold) if self.outlier_ratio is None else self._hit_ratio(solve, problem.weight.numel())
         notes = answer.notes + raised(self.damping, damping)
         return replace(answer, damping=damping, damping_raised=damping != self.damping, notes=notes)
 
-    def _hit_ratio(self, weight: Tensor, factor: Tensor, alive: Tensor, spec: GridSpec) -> QuantizedLayer:
+    def _hit_ratio(self, solve: Callable[[float], QuantizedLayer], weights: int) -> QuantizedLayer:
         """The answer whose share of outliers is nearest to the wanted one: fewer the higher the threshold."""
         wanted = self.outlier_ratio or 0.0
         if wanted == 0:
-            return replace(self, threshold=math.inf)._solve(weight, factor, alive, spec)
-        tolerance = max(NEAR_ENOUGH * wanted, 1 / weight.numel())
+            return solve(math.inf)
+        tolerance = max(NEAR_ENOUGH * wanted, 1 / weights)
         low, high = math.log(1e-6), math.log(1e6)
         best: QuantizedLayer | None = None
         for _ in range(BISECTIONS):
             threshold = (low + high) / 2
-            answer = replace(self, threshold=math.exp(threshold))._solve(weight, factor, alive, spec)
+            answer = solve(math.exp(threshold))
             if best is None or abs(answer.outlier_ratio - wanted) < abs(best.outlier_ratio - wanted):
                 best = answer
             if abs(answer.outlier_ratio - wanted) <= tolerance:
@@ -88,12 +95,11 @@ class SpQR:
         far = abs(best.outlier_ratio - wanted) > tolerance
         return replace(best, notes=(f"{best.outlier_ratio:.3%} outliers instead of {wanted:.3%}",)) if far else best
 
-    def _solve(self, weight: Tensor, factor: Tensor, alive: Tensor, spec: GridSpec) -> QuantizedLayer:
-        """One pass over the columns, in groups, with the present threshold."""
+    def _solve(
+        self, weight: Tensor, coupling: Tensor, pivot: Tensor, alive: Tensor, threshold: float, spec: GridSpec
+    ) -> QuantizedLayer:
+        """One pass over the columns, in groups, with one threshold for the squared error over the pivot's square."""
         group_size = min(spec.group_size or self.group_size, weight.shape[1])
-        pivot = factor.diagonal()
-        coupling = factor / -pivot[:, None]
-        threshold = self.threshold * _mean_cost(weight, pivot, alive)
         limit = torch.where(alive, threshold * pivot.square(), torch.inf)
         remaining = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out), compensated as it goes
         values = torch.empty_like(remaining)
@@ -145,18 +151,11 @@ def _range(values: Tensor, spec: GridSpec, shrink: float = 1.0) -> tuple[Tensor,
     return scale, torch.full_like(scale, (spec.max_code + 1) / 2) if spec.symmetric else -low / scale
 
 
-def _round(values: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:
-    """The nearest points of a grid with fractional zero points."""
-    codes, fraction = nearest(values, scale, zero, spec.max_code)
-    return (codes - fraction) * scale
-
-
 def _encode(values: Tensor, scale: Tensor, zero: Tensor, limit: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
     """The codes (n, out) of one group, that of zero for outliers, and which values (n, out) are outliers."""
     # What was rounded is its own rounding, so what is far from it was kept.
-    kept = (values - _round(values, scale, zero, spec)).square() > limit[:, None]
-    codes, _ = nearest(torch.where(kept, 0.0, values), scale, zero, spec.max_code)
-    return (codes + zero.floor()).to(torch.uint8), kept
+    kept = (values - nearest_values(values, scale, zero, spec.max_code)).square() > limit[:, None]
+    return nearest_codes(torch.where(kept, 0.0, values), scale, zero, spec.max_code), kept
 
 
 def _outliers(values: Tensor, kept: Tensor, codes: Tensor, grid: Grid) -> Outliers | None:
@@ -194,8 +193,8 @@ def _without_outliers(group: Tensor, pivot: Tensor, limit: float, spec: GridSpec
     count = group.shape[1]
     if not math.isfinite(limit) or count == 1:
         return group
-    others = torch.stack([torch.cat([torch.arange(i), torch.arange(i + 1, count)]) for i in range(count)])
-    others = others.to(group.device)
+    each, others = torch.arange(count, device=group.device)[:, None], torch.arange(count - 1, device=group.device)
+    others = others + (others >= each)  # (n, n - 1): row i leaves out i
     left_out = _error(group[:, others], pivot[others], spec)  # (out, n)
     keep = (_error(group, pivot, spec)[:, None] - left_out <= limit).to(group.dtype)
     mean = (group * keep).sum(1, keepdim=True) / keep.sum(1, keepdim=True).clamp(min=1)
@@ -205,4 +204,4 @@ def _without_outliers(group: Tensor, pivot: Tensor, limit: float, spec: GridSpec
 def _error(values: Tensor, pivot: Tensor, spec: GridSpec) -> Tensor:
     """The weighted squared error of rounding `values` to the range of its last dimension."""
     scale, zero = (statistic[..., None] for statistic in _range(values, spec))
-    return ((_round(values, scale, zero, spec) - values) / pivot).square().sum(-1)
+    return ((nearest_values(values, scale, zero, spec.max_code) - values) / pivot).square().sum(-1)

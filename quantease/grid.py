@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantease.kernels import Columns
-from quantease.kernels.plain import nearest
+from quantease.kernels.plain import nearest_codes, nearest_values
 
 FLOAT16_SMALLEST = 2.0**-24  # the smallest positive float16
 SHRINKS = [1 - step / 100 for step in range(80)]  # of the range, that the MSE search tries (GPTQ's authors' code)
@@ -108,7 +108,7 @@ class Grid:
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         for rows in _slices(weight):
             scale, zero = self._of_rows(rows)
-            codes[rows] = (nearest(weight[rows], scale, zero, self.spec.max_code)[0] + zero.floor()).to(torch.uint8)
+            codes[rows] = nearest_codes(weight[rows], scale, zero, self.spec.max_code)
         return codes
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -174,8 +174,7 @@ def least_error(values: Tensor, max_code: int, fit: Callable[[float], tuple[Tens
     least = torch.full_like(scale, torch.inf)
     for shrink in SHRINKS:
         trial_scale, trial_zero = fit(shrink)
-        codes, fraction = nearest(values, trial_scale[..., None], trial_zero[..., None], max_code)
-        rounded = (codes - fraction) * trial_scale[..., None]
+        rounded = nearest_values(values, trial_scale[..., None], trial_zero[..., None], max_code)
         error = (rounded - values).abs_().pow_(MSE_NORM).sum(-1)
         better = error < least
         least = torch.where(better, error, least)

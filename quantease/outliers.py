@@ -50,8 +50,8 @@ class OutlierQuantEase:
         hessian = revived_hessian(problem)
         weight = problem.weight.T  # everything below is (in, out)
         sparse = weight * self._keep(self._first_sizes(weight, problem.hessian))
-        grid = problem.fit_grid(spec, (weight - sparse).T)
         target = weight - sparse
+        grid = problem.fit_grid(spec, target.T)
         w_hat = target.clone(memory_format=torch.contiguous_format)
         residual = Residual(target, w_hat)  # W - W_hat - S
         step = 1 / (SAFETY * largest_eigenvalue(problem.hessian))

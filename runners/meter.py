@@ -27,6 +27,13 @@ PACKAGES = (
 )
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, after the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class Meter:
     """`with Meter(device) as meter: ...`, then `meter.seconds` and `meter.peak_memory_gb`.
 
@@ -41,20 +48,16 @@ class Meter:
 
     def __enter__(self) -> "Meter":
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            clock(self._device)  # what is still under way is not this stage's
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
             _reset_peak()
-        self._start = time.perf_counter()
+        self._start = clock(self._device)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            peak = torch.cuda.max_memory_allocated(self._device)
-        else:
-            peak = _peak()
-        self.seconds = time.perf_counter() - self._start
+        self.seconds = clock(self._device) - self._start
+        peak = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else _peak()
         self.peak_memory_gb = peak / 1e9
 
 
@@ -68,16 +71,11 @@ class Phases:
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
         """Add the time until its end to what has the name."""
-        start = self._clock()
+        start = clock(self._device)
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - start
-
-    def _clock(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+            self.seconds[name] = self.seconds.get(name, 0.0) + clock(self._device) - start
 
 
 def _reset_peak() -> None:

@@ -11,7 +11,7 @@ from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported, takes_rows_alone
 from runners.blocks import LinearLayer, Walk, input_statistics, linear_layers, shared_inputs
 from runners.errors import InputError
-from runners.meter import Phases
+from runners.meter import Phases, clock
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,8 @@ def _quantize_block(
                 stacked = torch.cat([weights[name].float() for name in names])
                 problem = LayerProblem(stacked, statistics.hessian, mean_input=statistics.mean_input, siblings=siblings)
                 with phases.of("solve"):
-                    solved = list(
-                        _solve({name: layers[name] for name in names}, problem, solver, spec, index, stored_bits)
-                    )
+                    here = {name: layers[name] for name in names}
+                    solved = _solve(here, problem, solver, spec, index, stored_bits)
                 yield from solved
 
 
@@ -132,30 +131,31 @@ def _solve(
     spec: GridSpec,
     block: int,
     stored_bits: float,
-) -> Iterator[LayerRecord]:
+) -> list[LayerRecord]:
     """Quantize layers whose weights stand one above the other in `problem`."""
     where = f"{', '.join(layers)} in block {block}"
-    clock = Phases(problem.hessian.device)
+    device, start = problem.hessian.device, clock(problem.hessian.device)
     try:
-        with clock.of("solve"):
-            answer = solver.solve(problem, spec)
+        answer = solver.solve(problem, spec)
     except Unsupported as error:
         raise Unsupported(f"{where}: {error}") from error
     except ValueError as error:
         raise InputError(f"{where}: {error}") from error
-    first = 0
+    seconds = clock(device) - start
+    records, first = [], 0
     for name, layer in layers.items():
         rows = slice(first, first := first + len(layer.weight))
         mine = answer.of_rows(rows) if len(layers) > 1 else answer
         weight = mine.weight
         if not torch.isfinite(weight).all():
             why = f"{type(solver).__name__} gave weights that are not finite"
-            yield _left_alone(layer, block, name, stored_bits, why, non_finite=True)
+            records.append(_left_alone(layer, block, name, stored_bits, why, non_finite=True))
             continue
         layer.replace(weight)
         own = replace(problem, weight=problem.weight[rows])
         error = own.relative_error(layer.weight.float())  # in the model's dtype, so with its rounding
-        yield _record(own, mine, block, name, error, clock.seconds["solve"] * len(weight) / len(problem.weight))
+        records.append(_record(own, mine, block, name, error, seconds * len(weight) / len(problem.weight)))
+    return records
 
 
 def _record(

@@ -84,9 +84,8 @@ class Settings:
         if self.quantizes:
             shared = {key: getattr(self, key) for key in ("calibration", "act_order", "seed")}
             identity |= shared | {"grid": self.grid}
-            if (
-                self.warnings == "error"
-            ):  # changes no number, but a run that has only recorded them must not answer for it
+            if self.warnings == "error":
+                # It changes no number, but a run that has only recorded them must not answer for it.
                 identity["warnings"] = self.warnings
         identity = plain(identity)
         if self.model.folder is not None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.spqr import SpQR, _range, _round
+from baselines.spqr import SpQR, _range
 from quantease.grid import GridSpec, least_error
+from quantease.kernels.plain import nearest_values
 from tests.problems import random_problem, with_dead_columns
 
 
@@ -153,7 +154,7 @@ def test_shrunken_ranges_round_better() -> None:
     group = random_problem(64, 16).weight
     whole, shrunken = (_range(group, GridSpec(3)), least_error(group, 7, lambda part: _range(group, GridSpec(3), part)))
     errors = [
-        (_round(group, scale[:, None], zero[:, None], GridSpec(3)) - group).abs().pow(2.4).sum(1)
+        (nearest_values(group, scale[:, None], zero[:, None], 7) - group).abs().pow(2.4).sum(1)
         for scale, zero in (whole, shrunken)
     ]
     assert (errors[1] <= errors[0]).all()

@@ -26,8 +26,8 @@ def run_block(
     work: Tensor,
     coupling: Tensor,
     columns: "Columns | None",
-    curvature: Tensor | None = None,
-    limit: Tensor | None = None,
+    curvature: Tensor | None,
+    limit: Tensor | None,
 ) -> None:
     """See `quantease.kernels.run_block`."""
     coupling = coupling.contiguous()  # small, and then near: rows of a whole Hessian lie on as many pages

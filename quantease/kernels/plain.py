@@ -31,12 +31,21 @@ def run_block(
 def round_column(target: Tensor, columns: "Columns", j: int) -> Tensor:
     """The nearest grid points to `target` (out,) for column j of the block."""
     group = int(columns.group[j])
-    scale, zero = columns.scale[group], columns.zero[group]
-    codes, fraction = nearest(target, scale, zero, columns.max_code)
+    return nearest_values(target, columns.scale[group], columns.zero[group], columns.max_code)
+
+
+def nearest_values(target: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
+    """The nearest grid points."""
+    codes, fraction = _nearest(target, scale, zero, max_code)
     return (codes - fraction) * scale
 
 
-def nearest(target: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> tuple[Tensor, Tensor]:
+def nearest_codes(target: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
+    """The codes of the nearest grid points, uint8."""
+    return (_nearest(target, scale, zero, max_code)[0] + zero.floor()).to(torch.uint8)
+
+
+def _nearest(target: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> tuple[Tensor, Tensor]:
     """The codes of the nearest grid points, less floor(zero), and zero's fraction: the value is (code - fraction) * scale.
 
     Written so that a fractional zero point costs no precision, whatever its size.

@@ -1,7 +1,6 @@
 """The machine's measured rates, and the least time that they leave a sweep."""
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +8,9 @@ import torch
 from torch import Tensor
 
 from quantease.precision import product
+from runners.meter import clock
+
+MOMENT = 0.05  # seconds
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
@@ -19,20 +21,10 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -
 
 
 def _time(run: Callable[[], object], device: torch.device, calls: int) -> float:
-    _wait(device)
-    start = time.perf_counter()
+    start = clock(device)
     for _ in range(calls):
         run()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-MOMENT = 0.05  # seconds
+    return clock(device) - start
 
 
 @dataclass(frozen=True)
