@@ -4,6 +4,7 @@ Given a weight W (out, in) and the Hessian H = sum x x^T (in, in) of its calibra
 quantization grid that makes ||W X - W_hat X||_F^2 = tr((W - W_hat) H (W - W_hat)^T) small.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -186,6 +187,23 @@ class ActOrder:
 def takes_rows_alone(solver: LayerSolver) -> bool:
     """Whether the answer for a row does not depend on the other rows, as far as the method says."""
     return bool(getattr(solver, "rows_independent", False))
+
+
+def stacked(parts: Sequence[QuantizedLayer]) -> QuantizedLayer:
+    """One answer from those for consecutive slices of the rows, of a method that takes each row on its own."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    scale = torch.cat([part.grid.scale for part in parts])
+    zero = torch.cat([part.grid.zero for part in parts])
+    return replace(
+        first,
+        codes=torch.cat([part.codes for part in parts]),
+        grid=replace(first.grid, scale=scale, zero=zero),
+        damping_raised=any(part.damping_raised for part in parts),
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+        history=(),  # relative to what each slice puts out: there is no sum of them
+    )
 
 
 def objective(difference: Tensor, hessian: Tensor) -> float:

@@ -23,4 +23,13 @@ def split(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def second_moment(x: Tensor) -> Tensor:
     """sum x x^T (in, in), float32, of inputs x (tokens, in) of any precision."""
-    return product(x.T, x) if x.dtype in (torch.float16, torch.bfloat16) else x.float().T @ x.float()
+    return add_second_moment(torch.zeros(x.shape[1], x.shape[1], device=x.device), x)
+
+
+def add_second_moment(total: Tensor, x: Tensor, parts: int = 1) -> Tensor:
+    """Add sum x x^T to `total` (in, in), float32, in place; in `parts` so that the product takes less beside it."""
+    halves = x.dtype in (torch.float16, torch.bfloat16)
+    x = x if halves else x.float()
+    for rows, columns in zip(total.chunk(parts), x.T.chunk(parts), strict=True):
+        rows.add_(product(columns, x) if halves else columns @ x)
+    return total

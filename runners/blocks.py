@@ -1,21 +1,23 @@
-"""Walk a decoder block by block, so that only one block's activations are held at a time.
+"""Walk a decoder block by block, so that only one block's weights and activations are held at a time.
 
 No family of models is known by name: the blocks are found by their class, what a block receives besides the hidden state
 (masks, position embeddings, alibi) is recorded from the model's own forward pass, and layers that share an input are seen
-to share it when the block runs.
+to share it when the block runs. For that pass, and to apply what follows the last block, the blocks are bypassed: they
+hand on what they are given, so that none of their weights need be there.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from quantease.precision import second_moment
+from quantease.precision import add_second_moment
 from runners.errors import InputError
+from runners.memory import Memory
 
 ACTIVATIONS_SHARE = 0.4  # of the GPU's free memory; the blocks' own needs the rest
 PROBE = 16  # tokens of the two short sequences that show whether a block's arguments depend on the text
@@ -75,6 +77,34 @@ def _refuse_hidden_matrices(model: nn.Module, block: nn.Module) -> None:
             )
 
 
+class Source(Protocol):
+    """A model, and the means to have the weights of one of its blocks in memory."""
+
+    model: Any
+    blocks: nn.ModuleList
+    device: torch.device
+    tuples: dict[type, int]  # what `_learn_tuples` has learned
+
+    def opened(self, index: int) -> AbstractContextManager[nn.Module]:
+        """Block `index` with its original weights, for the time of the context."""
+        ...
+
+
+class Resident:
+    """A model that is in memory as a whole. Its blocks keep what is written to them."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.blocks = decoder_blocks(model)
+        self.device = next(model.parameters()).device
+        self.tuples: dict[type, int] = {}
+
+    @contextmanager
+    def opened(self, index: int) -> Iterator[nn.Module]:
+        """Block `index`, which is there anyway."""
+        yield self.blocks[index]
+
+
 @dataclass
 class Call:
     """What a block receives besides the hidden state."""
@@ -84,87 +114,180 @@ class Call:
 
 
 class _Stop(Exception):
-    """Ends a forward pass at the first block."""
+    """Ends a forward pass at a block."""
 
 
 class Walk:
     """The activations that enter the current block, for all sequences, and the means to send them through it.
 
     Args:
-        model: a causal language model.
+        source: a causal language model.
         sequences: token ids (sequences, length).
-        batch_size: sequences that go through a block at once.
-        offload: keep the activations in host memory; None: only if they would crowd the GPU.
+        batch_size: sequences that are held, and go through a block, together.
+        held_out: token ids (sequences, length) that come along, but not into the statistics of the others.
+        memory: what is to be held at once; by default as much as `batch_size` says.
     """
 
-    def __init__(self, model: Any, sequences: Tensor, batch_size: int, offload: bool | None = None) -> None:
-        self.model = model
-        self.blocks = decoder_blocks(model)
-        self._device = next(model.parameters()).device
-        _refuse_arguments_that_depend_on_the_text(self, sequences)
+    def __init__(
+        self,
+        source: Source,
+        sequences: Tensor,
+        batch_size: int,
+        held_out: Tensor | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        self.source = source
+        self.blocks = source.blocks
+        self.memory = memory or Memory()
+        self.batch_size = batch_size
+        self.place = 0  # of the batch that is under way
+        self._sample = sequences[:batch_size]
         self._calls: dict[int, list[Call]] = {}  # by batch size: masks and alibi have a batch dimension
+        self._advanced, self._finite = 0, torch.ones((), dtype=torch.bool, device=source.device)
+        _learn_tuples(source, sequences)
+        _refuse_arguments_that_depend_on_the_text(source, sequences)
         self.hidden: list[Tensor] = []  # (batch, length, width) each
-        for batch in sequences.split(batch_size):
-            if len(batch) not in self._calls:
-                self._calls[len(batch)] = self._record(batch)
-            hidden = self._embed(batch)
-            if not self.hidden:
-                self._offloads = _crowds(hidden, sequences.numel()) if offload is None else offload
-            self.hidden.append(_to_host(hidden) if self._offloads else hidden)
+        batches = list(sequences.split(batch_size))
+        self.calibrating = len(batches)  # the batches after that are held out
+        for batch in batches + ([] if held_out is None else list(held_out.split(batch_size))):
+            hidden = _entering(source, 0, batch)[0]
+            if self.memory.offload is None:
+                self.memory.offload = _crowds(hidden, sequences.numel())
+            self.hidden.append(_to_host(hidden) if self.memory.offload else hidden)
 
-    def run(self, index: int) -> Iterator[Tensor]:
-        """Send every batch through block `index`; yields what leaves it."""
-        for batch in _ahead(self.hidden, self._device) if self._offloads else self.hidden:
+    def run(self, index: int, first: int = 0) -> Iterator[Tensor]:
+        """Send every batch, from the one at place `first`, through block `index`; yields what leaves it."""
+        batches = self.hidden[first:]
+        moved = _ahead(batches, self.source.device) if self.memory.offload else batches
+        for self.place, batch in enumerate(moved, start=first):
             yield self.forward(index, batch)
 
     def forward(self, index: int, batch: Tensor) -> Tensor:
-        """Send one batch through block `index`."""
-        call = self._calls[len(batch)][index]
-        output = self.blocks[index](batch, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        """Send one batch through block `index`, in parts where memory is short."""
+        parts = batch.split(self.memory.batch_size or len(batch))
+        outputs = [self._through(index, part) for part in parts]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def sample(self, index: int) -> None:
+        """Send as many sequences through block `index` as go through it at once, for what hooks see of it."""
+        few = self.hidden[0][: self.memory.batch_size]
+        self._through(index, few.to(self.source.device))
 
     def advance(self, index: int) -> None:
-        """Replace the inputs of block `index` by its outputs, batch by batch.
+        """Replace the inputs of block `index` by its outputs, batch by batch. Called again after an error, it goes on.
 
         Raises:
             InputError: they are not finite, so nothing that follows would mean anything.
         """
-        finite = torch.ones((), dtype=torch.bool, device=self._device)
-        for place, output in enumerate(self.run(index)):
-            finite &= torch.isfinite(output).all()  # asked for at the end, so that no batch waits for it
-            if self._offloads:
-                self.hidden[place].copy_(output, non_blocking=True)
+        for output in self.run(index, self._advanced):
+            self._finite &= torch.isfinite(output).all()  # asked for at the end, so that no batch waits for it
+            if self.memory.offload:
+                self.hidden[self._advanced].copy_(output, non_blocking=True)
             else:
-                self.hidden[place] = output
-        if not finite:
+                self.hidden[self._advanced] = output
+            self._advanced += 1
+        self._advanced = 0
+        if not self._finite:
             raise InputError(
                 f"the activations that leave block {index} are not finite: try model.dtype=bfloat16 or float32"
             )
 
-    def _record(self, batch: Tensor) -> list[Call]:
-        calls: list[Call] = []
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits (batch, length, vocabulary) of activations (batch, length, width) that leave the last block."""
+        last = len(self.blocks) - 1
+        answer = hidden.to(self.source.device)
 
-        def keep(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            calls.append(Call(args[1:], rest))
+        def visit(index: int, passing: Tensor, _call: Call) -> Tensor:
+            return answer if index == last else passing
 
-        with _hooks(self.blocks, keep):
-            self._model(batch)
-        return calls
+        with _bypassed(self.source, visit):
+            return _run(self.source, self._sample[: len(hidden)]).logits
 
-    def _embed(self, batch: Tensor) -> Tensor:
-        embedded: list[Tensor] = []
+    def to_host(self) -> str | None:
+        """Move the activations to host memory: a remedy where the GPU's runs out."""
+        if self.memory.offload or self.source.device.type != "cuda":
+            return None
+        self.memory.offload = True
+        for place, hidden in enumerate(self.hidden):
+            self.hidden[place] = _to_host(hidden)
+        return "activations in host memory"
 
-        def stop(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            embedded.append(args[0] if args else kwargs["hidden_states"])
+    def _through(self, index: int, part: Tensor) -> Tensor:
+        if len(part) not in self._calls:
+            self._calls[len(part)] = _record(self.source, self._sample[: len(part)])
+        call = self._calls[len(part)][index]
+        output = self.blocks[index](part, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def _run(source: Source, ids: Tensor) -> Any:
+    return source.model(ids.to(source.device), use_cache=False)
+
+
+@contextmanager
+def _bypassed(source: Source, visit: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
+    """The model with blocks that compute nothing: what leaves block `index` is `visit(index, hidden state, the rest)`."""
+
+    def replacement(index: int, block: nn.Module) -> Callable[..., Any]:
+        width = source.tuples.get(type(block), 0)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, args = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
+            call = Call(args, {key: value for key, value in kwargs.items() if key != "hidden_states"})
+            output = visit(index, hidden, call)
+            return (output, *[None] * (width - 1)) if width else output
+
+        return forward
+
+    own = [block.__dict__.get("forward") for block in source.blocks]  # of a block that somebody else has changed
+    for index, block in enumerate(source.blocks):
+        block.forward = replacement(index, block)  # hides the class's
+    try:
+        yield
+    finally:
+        for block, forward in zip(source.blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def _record(source: Source, ids: Tensor) -> list[Call]:
+    """What each block receives besides the hidden state, for a batch of this shape."""
+    calls: list[Call] = []
+
+    def visit(_index: int, hidden: Tensor, call: Call) -> Tensor:
+        calls.append(call)
+        return hidden
+
+    with _bypassed(source, visit):
+        _run(source, ids)
+    return calls
+
+
+def _entering(source: Source, index: int, ids: Tensor) -> tuple[Tensor, Call]:
+    """What enters block `index` if those before it hand on what they are given: for the first, the embedded tokens."""
+    entering: list[tuple[Tensor, Call]] = []
+
+    def visit(place: int, hidden: Tensor, call: Call) -> Tensor:
+        if place == index:
+            entering.append((hidden, call))
             raise _Stop
+        return hidden
 
-        with _hooks([self.blocks[0]], stop), suppress(_Stop):
-            self._model(batch)
-        return embedded[0]
+    with _bypassed(source, visit), suppress(_Stop):
+        _run(source, ids)
+    return entering[0]
 
-    def _model(self, batch: Tensor) -> None:
-        self.model(batch.to(self._device), use_cache=False)
+
+def _learn_tuples(source: Source, sequences: Tensor) -> None:
+    """Find out which classes of blocks return tuples, of what length, by running the first block of each class."""
+    ids = sequences.flatten()[None, :PROBE]
+    for index, block in enumerate(source.blocks):
+        if type(block) not in source.tuples:
+            hidden, call = _entering(source, index, ids)
+            with source.opened(index):
+                output = block(hidden, *call.args, **call.kwargs)
+            source.tuples[type(block)] = len(output) if isinstance(output, tuple) else 0
 
 
 def _crowds(hidden: Tensor, tokens: int) -> bool:
@@ -205,7 +328,7 @@ def _ahead(batches: list[Tensor], device: torch.device) -> Iterator[Tensor]:
 def shared_inputs(walk: Walk, index: int) -> list[tuple[str, ...]]:
     """The linear layers of a block, grouped by the input they share, in the order in which the block uses them.
 
-    A layer that the first batch does not use is in no group.
+    A layer that the first sequences do not use is in no group.
     """
     layers = linear_layers(walk.blocks[index])
     seen: dict[tuple[Any, ...], tuple[Tensor, list[str]]] = {}  # holds the tensors, so that none takes another's memory
@@ -219,7 +342,7 @@ def shared_inputs(walk: Walk, index: int) -> list[tuple[str, ...]]:
 
     handles = [layer.module.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
     try:
-        next(walk.run(index))
+        walk.sample(index)
     finally:
         for handle in handles:
             handle.remove()
@@ -232,59 +355,68 @@ class InputStatistics:
 
     hessian: Tensor  # (in, in), of x x^T
     mean_input: Tensor  # (in,), of |x|
+    held_out: Tensor | None = None  # (in, in), of x x^T over the sequences that are held out
 
     @property
     def finite(self) -> bool:
         return bool(torch.isfinite(self.hessian).all())
 
 
+class _Sums:
+    """Sums over the tokens of one kind of sequences, calibration or held out."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._hessians: dict[str, Tensor] = {}
+        self._sizes: dict[str, Tensor] = {}
+
+    def add(self, name: str, x: Tensor, parts: int) -> None:
+        if name not in self._hessians:
+            self._hessians[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            self._sizes[name] = torch.zeros(x.shape[1], device=x.device)
+        add_second_moment(self._hessians[name], x, parts)
+        self._sizes[name] += x.abs().sum(0, dtype=torch.float32)
+
+    def means(self, name: str) -> tuple[Tensor, Tensor]:
+        return self._hessians[name].div_(self.tokens), self._sizes[name].div_(self.tokens)
+
+
 def input_statistics(walk: Walk, index: int, groups: list[tuple[str, ...]]) -> list[InputStatistics]:
     """Run block `index` on all batches; for each group of layers the statistics of the input they share."""
     layers = linear_layers(walk.blocks[index])
-    sums: dict[str, tuple[Tensor, Tensor]] = {}
-    tokens = 0
+    used, held_out = _Sums(), _Sums()
+
+    def sums() -> _Sums:
+        return used if walk.place < walk.calibrating else held_out
 
     def add(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].flatten(0, -2)
-            moment, size = second_moment(x), x.abs().sum(0, dtype=torch.float32)
-            if name in sums:
-                sums[name][0].add_(moment)
-                sums[name][1].add_(size)
-            else:
-                sums[name] = moment, size
+            sums().add(name, args[0].flatten(0, -2), walk.memory.hessian_parts)
 
         return hook
 
     handles = [layers[group[0]].module.register_forward_pre_hook(add(group[0])) for group in groups]
     try:
         for output in walk.run(index):
-            tokens += output.shape[0] * output.shape[1]
+            sums().tokens += output.shape[0] * output.shape[1]
     finally:
         for handle in handles:
             handle.remove()
-    return [InputStatistics(*(total.div_(tokens) for total in sums[group[0]])) for group in groups]
+    return [
+        InputStatistics(*used.means(group[0]), held_out.means(group[0])[0] if held_out.tokens else None)
+        for group in groups
+    ]
 
 
-@contextmanager
-def _hooks(blocks: Any, hook: Callable[..., None]) -> Iterator[None]:
-    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _refuse_arguments_that_depend_on_the_text(walk: Walk, sequences: Tensor) -> None:
+def _refuse_arguments_that_depend_on_the_text(source: Source, sequences: Tensor) -> None:
     """What was recorded from one batch is passed on for all; refuse a model in which that would be wrong."""
     length = min(PROBE, sequences.numel() // 2)
     sample = sequences.flatten()[: 2 * length].reshape(2, length)
-    first, second = (walk._record(row[None]) for row in sample)
+    first, second = (_record(source, row[None]) for row in sample)
     for index, (a, b) in enumerate(zip(first, second, strict=True)):
         if not _same(list(a.args), list(b.args)) or not _same(a.kwargs, b.kwargs):
             raise InputError(
-                f"block {index} of {type(walk.model).__name__} receives arguments that depend on the text: "
+                f"block {index} of {type(source.model).__name__} receives arguments that depend on the text: "
                 "this architecture is not supported"
             )
 

@@ -1,25 +1,35 @@
 """One run: preflight, calibration, quantization, evaluation, results. And the unquantized run it is compared with."""
 
 import logging
+import platform
 import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quantease.layer import Unsupported
-from runners.blocks import decoder_blocks, linear_layers
-from runners.calibration import draw_sequences, ids_hash
+from runners.blocks import Source, linear_layers
+from runners.cache import Cache
+from runners.calibration import Sequences, draw_sequences, ids_hash
 from runners.console import progress
 from runners.errors import InputError
+from runners.evaluation import Evaluation, SharedActivations
+from runners.fingerprint import checkpoint_fingerprint, code_fingerprint
+from runners.memory import Memory
 from runners.meter import Meter, Phases, environment
-from runners.models import Checkpoint, check_divisibility, load, load_tokenizer, open_checkpoint
-from runners.perplexity import Windows, cut_windows, perplexity, window_losses
-from runners.quantization import LayerRecord, quantize, refuse_warnings, summary
+from runners.models import Checkpoint, check_divisibility, load_tokenizer, open_checkpoint
+from runners.perplexity import Windows, cut_windows, perplexity
+from runners.quantization import Plan, Quantization
+from runners.records import LayerRecord, refuse_warnings, summary
+from runners.resume import FinishedBlocks
 from runners.settings import Settings
+from runners.statistics import SharedStatistics
 from runners.store import METRICS, RunFolder, check_writable
+from runners.streaming import open_model
 from runners.tracking import Tracker, track
 
 log = logging.getLogger(__name__)
@@ -28,9 +38,8 @@ BATCH_TOKENS = {
     "cpu": 2048,
     "cuda": 16_384,
 }  # that go through the model at once: what the caches hold, what keeps it busy
-BLOCK_SHARE = 0.25  # of the GPU's free memory that a batch may take inside a block
+BLOCK_SHARE = 0.2  # of the GPU's memory that a batch may take inside a block
 BLOCK_WIDTHS = 16  # that it takes, times the width of the model, a token: the block's inner activations
-LOGITS_BYTES = 2e9  # that their logits may take, with the copies that the loss makes
 
 
 @dataclass
@@ -48,7 +57,7 @@ class Inputs:
     checkpoint: Checkpoint
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
-    sequences: Tensor | None  # (sequences, length), the calibration data
+    sequences: Sequences | None  # the calibration data
     windows: dict[str, Windows]
 
 
@@ -97,16 +106,26 @@ def _measure(settings: Settings, folder: RunFolder, state: Progress, tracker: Tr
     log.info("%s", _headline(settings, inputs))
     state.stage = "load"
     torch.manual_seed(settings.seed)
-    model = load(inputs.checkpoint, settings.model, inputs.device)
+    source = open_model(inputs.checkpoint, settings.model, inputs.device)
+    cache = Cache(None if settings.cache is None else Path(settings.cache), settings.cache_gb)
+    blocks = FinishedBlocks(folder.path, _resume_identity(settings, inputs)) if settings.quantizes else None
+    if blocks is not None and settings.force:
+        blocks.discard()
+    memory = Memory()
     metrics: dict[str, Any] = {"status": "done", "parameters": inputs.checkpoint.parameters}
     state.stage = "quantize"
     try:
-        metrics |= _quantize(model, settings, inputs, state, tracker)
+        metrics |= _quantize(source, settings, inputs, blocks, cache, memory, state, tracker)
     finally:
         if state.records:  # of a run that fails, too: its last rows say how far it came
             folder.write_layers(state.records)
     state.stage = "evaluate"
-    metrics |= _evaluate(model, settings, inputs, folder)
+    metrics |= _evaluate(source, settings, inputs, blocks, cache, memory, folder)
+    metrics |= {"cache/hits": cache.hits, "cache/misses": cache.misses}
+    if memory.steps:
+        metrics["memory/steps"] = "; ".join(memory.steps)
+    if blocks is not None and not settings.keep_checkpoint:
+        blocks.discard()
     return metrics
 
 
@@ -129,7 +148,7 @@ def _preflight(settings: Settings) -> Inputs:
     sequences = None
     if settings.quantizes:
         sequences = draw_sequences(settings.calibration, tokenizer, length, settings.seed, settings.data_root)
-    tokens = [text.ids for text in windows.values()] + ([] if sequences is None else [sequences])
+    tokens = [text.ids for text in windows.values()] + ([] if sequences is None else [sequences.used])
     _check_vocabulary(max((int(ids.max()) for ids in tokens), default=0), checkpoint)
     return Inputs(checkpoint, tokenizer, device, sequences, windows)
 
@@ -152,14 +171,34 @@ def _check_vocabulary(largest: int, checkpoint: Checkpoint) -> None:
         )
 
 
-def _quantize(model: Any, settings: Settings, inputs: Inputs, state: Progress, tracker: Tracker) -> dict[str, Any]:
-    if inputs.sequences is None:
+def _quantize(
+    source: Source,
+    settings: Settings,
+    inputs: Inputs,
+    blocks: FinishedBlocks | None,
+    cache: Cache,
+    memory: Memory,
+    state: Progress,
+    tracker: Tracker,
+) -> dict[str, Any]:
+    stored_bits = inputs.checkpoint.stored_bits
+    if inputs.sequences is None or blocks is None:
         nothing = ("layers/mean_relative_error", "quantize/seconds", "quantize/peak_memory_gb", "outlier_ratio")
-        stored_bits = float(inputs.checkpoint.stored_bits)
         return dict.fromkeys(nothing, 0.0) | {"bits_per_weight": stored_bits, "bits_per_parameter": stored_bits}
-    blocks = decoder_blocks(model)
-    total = sum(len(linear_layers(block)) for block in blocks)
-    phases = Phases(inputs.device)
+    total = sum(len(linear_layers(block)) for block in source.blocks)
+    full_precision = settings.calibration.inputs == "full_precision"
+    plan = Plan(settings.solver, settings.grid, settings.calibration.true_sequential, full_precision, stored_bits)
+    quantization = Quantization(
+        source,
+        inputs.sequences.used,
+        plan,
+        batch_size=settings.batch_size or _batch_size(inputs),
+        held_out=inputs.sequences.held_out,
+        blocks=blocks,
+        shared=SharedStatistics(cache, _statistics_key(settings, inputs), inputs.device),
+        memory=memory,
+        phases=(phases := Phases(inputs.device)),
+    )
     with Meter(inputs.device) as meter, progress("calibrating", total) as step:
 
         def report(record: LayerRecord) -> None:
@@ -167,56 +206,86 @@ def _quantize(model: Any, settings: Settings, inputs: Inputs, state: Progress, t
             tracker.layer(record)
             if settings.warnings == "error":
                 refuse_warnings(record)
-            step(f"block {record.block + 1}/{len(blocks)}  {record.layer}")
+            step(f"block {record.block + 1}/{len(source.blocks)}  {record.layer}")
 
-        quantize(
-            model,
-            inputs.sequences,
-            settings.solver,
-            settings.grid,
-            true_sequential=settings.calibration.true_sequential,
-            batch_size=settings.batch_size or _batch_size(inputs),
-            stored_bits=inputs.checkpoint.stored_bits,
-            report=report,
-            phases=phases,
-        )
-    return summary(state.records, inputs.checkpoint.parameters, inputs.checkpoint.stored_bits) | {
-        "quantize/seconds": meter.seconds,
+        quantization.run(report)
+    return summary(state.records, inputs.checkpoint.parameters, stored_bits) | {
+        "quantize/seconds": sum(phases.seconds.values()),
         "quantize/peak_memory_gb": meter.peak_memory_gb,
         **{f"quantize/{name}_seconds": seconds for name, seconds in phases.seconds.items()},
-        "calibration/sha256": ids_hash(inputs.sequences),
+        "calibration/sha256": inputs.sequences.sha256,
+        "checkpoint/sha256": blocks.sha256,
     }
 
 
-def _evaluate(model: Any, settings: Settings, inputs: Inputs, folder: RunFolder) -> dict[str, Any]:
-    metrics: dict[str, Any] = {}
-    losses: dict[str, list[float]] = {}
+def _evaluate(
+    source: Source,
+    settings: Settings,
+    inputs: Inputs,
+    blocks: FinishedBlocks | None,
+    cache: Cache,
+    memory: Memory,
+    folder: RunFolder,
+) -> dict[str, Any]:
+    texts = {name: (windows.ids, windows.sha256) for name, windows in inputs.windows.items()}
+    shared = SharedActivations(cache, _model_key(settings, inputs)) if settings.evaluation.agreement else None
     batch_size = settings.batch_size or _batch_size(inputs)
-    total = sum(-(-len(windows.ids) // batch_size) for windows in inputs.windows.values())
-    with Meter(inputs.device) as meter, progress("evaluating", total) as step:
-        for name, windows in inputs.windows.items():
-            batches = []
-            for batch in window_losses(model, windows.ids, batch_size):
-                batches.append(batch)
-                step(f"perplexity  {name}")
-            every = torch.cat(batches)
-            losses[name] = every.tolist()
-            metrics |= {
-                f"ppl/{name}": perplexity(every),
-                f"protocol/{name}": windows.protocol,
-                f"windows/{name}": len(windows.ids),
-                f"sha256/{name}": windows.sha256,
-            }
-    folder.write_windows(losses)
+    with Meter(inputs.device) as meter, progress("evaluating", len(source.blocks) + len(texts)) as step:
+        measured = Evaluation(source, texts, batch_size, blocks=blocks, shared=shared, memory=memory).run(step)
+    folder.write_windows(measured)
+    metrics: dict[str, Any] = {}
+    for name, windows in inputs.windows.items():
+        metrics |= {
+            f"ppl/{name}": perplexity(torch.tensor(measured[name]["nll"], dtype=torch.float64)),
+            f"protocol/{name}": windows.protocol,
+            f"windows/{name}": len(windows.ids),
+            f"sha256/{name}": windows.sha256,
+        }
+        for measure in ("kl", "top1"):
+            if values := measured[name].get(measure):
+                metrics[f"agreement/{name}/{measure}"] = fmean(values)
     return metrics | {"evaluate/seconds": meter.seconds, "evaluate/peak_memory_gb": meter.peak_memory_gb}
+
+
+def _model_key(settings: Settings, inputs: Inputs) -> dict[str, Any]:
+    """What the activations of the unquantized model depend on, beside the tokens."""
+    machine = environment(inputs.device)
+    return {
+        "model": checkpoint_fingerprint(inputs.checkpoint.folder),
+        "dtype": settings.model.dtype,
+        "batch_size": settings.batch_size or _batch_size(inputs),
+        "code": code_fingerprint("runners/blocks.py", "runners/streaming.py", "quantease/precision.py"),
+        "versions": machine["versions"],
+        "device": machine["device"],
+    }
+
+
+def _statistics_key(settings: Settings, inputs: Inputs) -> dict[str, Any]:
+    sequences = inputs.sequences
+    held_out = None if sequences is None or sequences.held_out is None else ids_hash(sequences.held_out)
+    return _model_key(settings, inputs) | {"ids": sequences and sequences.sha256, "held_out": held_out}
+
+
+def _resume_identity(settings: Settings, inputs: Inputs) -> dict[str, Any]:
+    """What must be the same for an unfinished run to go on; each name stands in the sentence that refuses."""
+    key = _statistics_key(settings, inputs)
+    return {
+        "configuration": settings.identity(),
+        "code version": code_fingerprint(),
+        "library version": key["versions"] | {"python": platform.python_version()},
+        "model": key["model"],
+        "set of calibration sequences": [key["ids"], key["held_out"]],
+        "device": key["device"],
+        "batch_size": key["batch_size"],
+    }
 
 
 def _batch_size(inputs: Inputs) -> int:
     config = inputs.checkpoint.config.get_text_config()
-    tokens = min(BATCH_TOKENS.get(inputs.device.type, 2048), LOGITS_BYTES / (12 * config.vocab_size))
-    if inputs.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(inputs.device)
-        tokens = min(tokens, BLOCK_SHARE * free / (BLOCK_WIDTHS * config.hidden_size * 4))
+    tokens = BATCH_TOKENS.get(inputs.device.type, 2048)
+    if inputs.device.type == "cuda":  # all of its memory, not what is free: a run must find the same size again
+        _, whole = torch.cuda.mem_get_info(inputs.device)
+        tokens = min(tokens, BLOCK_SHARE * whole / (BLOCK_WIDTHS * config.hidden_size * 4))
     return max(1, int(tokens / inputs.checkpoint.sequence_length))
 
 
@@ -232,7 +301,7 @@ def _environment(inputs: Inputs) -> dict[str, Any]:
         "texts": texts,
         "calibration": None
         if sequences is None
-        else {"sha256": ids_hash(sequences), "sequences": list(sequences.shape)},
+        else {"sha256": sequences.sha256, "sequences": list(sequences.used.shape)},
     }
 
 
@@ -247,7 +316,8 @@ def _labels(settings: Settings) -> dict[str, Any]:
     }
     if settings.quantizes:
         names = ("bits", "group_size", "symmetric", "grid_range", "act_order", "seed")
-        labels |= {name: getattr(settings, name) for name in names} | {"calibration": settings.calibration.name}
+        labels |= {name: getattr(settings, name) for name in names}
+        labels |= {"calibration": settings.calibration.name, "calibration_inputs": settings.calibration.inputs}
     return labels
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from functools import lru_cache
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 OF_A_CHECKPOINT = {
@@ -13,6 +13,7 @@ OF_A_CHECKPOINT = {
     "merges.txt",
     "tokenizer.model",
 }
+CODE = ("quantease/**/*.py", "baselines/*.py", "runners/*.py")
 SAMPLES, SAMPLE = 64, 65_536  # how many pieces, of how many bytes, of a large file are read
 
 
@@ -36,4 +37,21 @@ def fingerprint(files: Iterable[Path]) -> str:
             for place in range(SAMPLES):
                 opened.seek(place * (size - SAMPLE) // (SAMPLES - 1))
                 digest.update(opened.read(SAMPLE))
+    return digest.hexdigest()[:16]
+
+
+def file_sha256(file: Path) -> str:
+    """Of the whole file."""
+    with file.open("rb") as opened:
+        return file_digest(opened, "sha256").hexdigest()
+
+
+@lru_cache
+def code_fingerprint(*patterns: str) -> str:
+    """Of the project's own modules that match the patterns: of all that can change a number, by default."""
+    root = Path(__file__).parents[1]
+    found = (file for pattern in patterns or CODE for file in root.glob(pattern))
+    digest = sha256()
+    for file in sorted(found):
+        digest.update(f"{file.relative_to(root).as_posix()} ".encode() + file.read_bytes())
     return digest.hexdigest()[:16]

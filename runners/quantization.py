@@ -1,4 +1,8 @@
-"""Quantize a model: block by block, on what the already quantized blocks feed the next one."""
+"""Quantize a model: block by block, on what the already quantized blocks feed the next one.
+
+Or, with full-precision inputs, on what the unquantized blocks feed it: then what calibration says of a block depends
+neither on the method nor on the bits, and is computed once for all runs that share it.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -8,165 +12,245 @@ import torch
 from torch import Tensor
 
 from quantease.grid import GridSpec
-from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported, takes_rows_alone
-from runners.blocks import LinearLayer, Walk, input_statistics, linear_layers, shared_inputs
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported, stacked, takes_rows_alone
+from runners.blocks import InputStatistics, LinearLayer, Source, Walk, input_statistics, linear_layers, shared_inputs
 from runners.errors import InputError
+from runners.memory import Memory
 from runners.meter import Phases, clock
+from runners.records import LayerRecord
+from runners.resume import FinishedBlocks
+from runners.statistics import SharedStatistics
+
+Measured = list[tuple[tuple[str, ...], InputStatistics]]  # the layers that share an input, and what is known of it
 
 
 @dataclass(frozen=True)
-class LayerRecord:
-    """What became of one linear layer: a row of `layers.csv`.
+class Plan:
+    """What is to be done with every linear layer.
 
     Attributes:
-        relative_error: ||W X - W_hat X||^2 / ||W X||^2, of W_hat as it stands in the model.
-        seconds: spent in the solver.
-        outlier_ratio: the share of the weights that are kept in 16 bits.
-        damping: what was really added to the Hessian's diagonal, as a fraction of its mean; None: nothing.
-        damping_raised: because the factorization failed with what was asked for.
-        dead_columns: inputs that are zero in all of the calibration data.
-        clipped_scales: scales that are as small as their format goes.
-        non_finite: activations or the solver's weights were not finite.
-        left_alone: the layer keeps its weights; `notes` says why.
+        true_sequential: see `runners.schema.Calibration`.
+        full_precision: every block is calibrated on what the unquantized blocks before it feed it.
+        stored_bits: what a weight takes that is left alone.
     """
 
-    block: int
-    layer: str
-    out_features: int
-    in_features: int
-    relative_error: float = 0.0
-    seconds: float = 0.0
-    bits_per_weight: float = 0.0
-    outlier_ratio: float = 0.0
-    damping: float | None = None
-    damping_raised: bool = False
-    dead_columns: int = 0
-    clipped_scales: int = 0
-    non_finite: bool = False
-    left_alone: bool = False
-    notes: str = ""
+    solver: LayerSolver
+    spec: GridSpec
+    true_sequential: bool = False
+    full_precision: bool = False
+    stored_bits: float = 16.0
 
 
-WARNINGS = ("damping_raised", "dead_columns", "clipped_scales", "non_finite", "left_alone")  # fields of a record
-
-
-@torch.no_grad()
-def quantize(
-    model: Any,
-    sequences: Tensor,
-    solver: LayerSolver,
-    spec: GridSpec,
-    *,
-    true_sequential: bool,
-    batch_size: int,
-    stored_bits: float,
-    report: Callable[[LayerRecord], None],
-    phases: Phases | None = None,
-) -> list[LayerRecord]:
-    """Replace the weights of every linear layer of every block by quantized ones.
+class Quantization:
+    """One pass over the blocks of a model.
 
     Args:
         sequences: calibration token ids (sequences, length).
-        true_sequential: see `runners.schema.Calibration`.
-        stored_bits: what a weight takes that is left alone.
-        report: called with each layer as it is finished.
+        batch_size: sequences that are held together.
+        held_out: token ids (sequences, length) on which the layers' errors are measured, too.
+        blocks: where finished blocks are kept, and gone on from; None: nowhere.
+        shared: the statistics that runs with full-precision inputs share; None: each computes its own.
+        memory: what is to be held at once.
         phases: told the seconds spent in `calibrate`, `solve` and `propagate`.
-
-    Raises:
-        Unsupported: the method cannot do what `spec` asks.
-        InputError: a layer cannot be put on the grid, or the activations that leave a block are not finite.
     """
-    phases = phases or Phases(next(model.parameters()).device)
-    with phases.of("calibrate"):
-        walk = Walk(model, sequences, batch_size)
-    records = []
-    for index in range(len(walk.blocks)):
-        for record in _quantize_block(walk, index, solver, spec, true_sequential, stored_bits, phases):
-            records.append(record)
+
+    def __init__(
+        self,
+        source: Source,
+        sequences: Tensor,
+        plan: Plan,
+        *,
+        batch_size: int,
+        held_out: Tensor | None = None,
+        blocks: FinishedBlocks | None = None,
+        shared: SharedStatistics | None = None,
+        memory: Memory | None = None,
+        phases: Phases | None = None,
+    ) -> None:
+        self.source, self.plan, self.blocks, self.shared = source, plan, blocks, shared
+        self.memory = memory or Memory()
+        self.phases = phases or Phases(source.device)
+        self._inputs = sequences, batch_size, held_out
+        self._walk: Walk | None = None
+        self._position = 0  # of the walk: the block whose inputs it holds
+        self._answers: dict[str, QuantizedLayer] = {}  # of the current block
+
+    @torch.no_grad()
+    def run(self, report: Callable[[LayerRecord], None]) -> list[LayerRecord]:
+        """Quantize every linear layer of every block that is not finished already.
+
+        Args:
+            report: called with each layer as it is finished, those of blocks finished earlier included.
+
+        Raises:
+            Unsupported: the method cannot do what the grid asks.
+            InputError: a layer cannot be put on the grid, the activations that leave a block are not finite, memory ran
+                out for good, or the finished blocks belong to another run.
+        """
+        records = self._resume()
+        for record in records:
             report(record)
-        with phases.of("propagate"):
-            walk.advance(index)
-    return records
+        for index in range(len(self.blocks.manifests) if self.blocks else 0, len(self.source.blocks)):
+            before, mine = dict(self.phases.seconds), []
+            for record in self._block(index):
+                mine.append(record)
+                report(record)
+            records += mine
+            if self.blocks is not None:
+                seconds = {name: value - before.get(name, 0.0) for name, value in self.phases.seconds.items()}
+                manifest = {"records": mine, "memory": self.memory.state, "seconds": seconds}
+                self.blocks.save(index, self._answers, manifest)
+        return records
 
+    def _resume(self) -> list[LayerRecord]:
+        if self.blocks is None or not self.blocks.begin():
+            return []
+        self.memory.restore(self.blocks.manifests[-1].memory)
+        for manifest in self.blocks.manifests:
+            for name, seconds in manifest.seconds.items():
+                self.phases.seconds[name] = self.phases.seconds.get(name, 0.0) + seconds
+        return [record for manifest in self.blocks.manifests for record in manifest.records]
 
-def _quantize_block(
-    walk: Walk,
-    index: int,
-    solver: LayerSolver,
-    spec: GridSpec,
-    true_sequential: bool,
-    stored_bits: float,
-    phases: Phases,
-) -> Iterator[LayerRecord]:
-    with phases.of("calibrate"):
-        groups = shared_inputs(walk, index)
-    layers = linear_layers(walk.blocks[index])
-    used = {name for group in groups for name in group}
-    for name in (name for name in layers if name not in used):
-        yield _left_alone(layers[name], index, name, stored_bits, "never used, so there is nothing to calibrate it on")
-    for passed in [[group] for group in groups] if true_sequential else [groups]:
-        with phases.of("calibrate"):
-            inputs = input_statistics(walk, index, passed)
-        for group, statistics in zip(passed, inputs, strict=True):
-            if not statistics.finite:
-                for name in group:
-                    why = "its activations are not finite"
-                    yield _left_alone(layers[name], index, name, stored_bits, why, non_finite=True)
+    def _block(self, index: int) -> Iterator[LayerRecord]:
+        self._answers = {}
+        known = self.shared.get(index) if self.shared and self.plan.full_precision else None
+        walk = self._walk_to(index) if known is None else None  # before this block is opened: it may open others
+        with self.source.opened(index) as block:
+            layers, used = linear_layers(block), set()
+            for measured in [known] if walk is None else self._measure(walk, index):
+                for group, statistics in measured or []:
+                    used.update(group)
+                    yield from self._solve_group(group, layers, statistics, index)
+            for name in (name for name in layers if name not in used):
+                why = "never used, so there is nothing to calibrate it on"
+                yield _left_alone(layers[name], index, name, self.plan.stored_bits, why)
+            if walk is not None and not self.plan.full_precision:
+                self._advance(walk)
+
+    def _measure(self, walk: Walk, index: int) -> Iterator[Measured]:
+        """What the layers of a block are calibrated on: all at once or, where it is true-sequential, group by group."""
+        when = f"in the calibration of block {index}"
+        smaller = self.memory.smaller_batches(walk.batch_size)
+
+        def attempt(run: Callable[[], Any]) -> Any:
+            with self.phases.of("calibrate"):
+                return self.memory.attempt(when, run, smaller, walk.to_host, self.memory.smaller_hessian_parts)
+
+        groups = attempt(lambda: shared_inputs(walk, index))
+        for passed in [[group] for group in groups] if self.plan.true_sequential else [groups]:
+            statistics = attempt(lambda passed=passed: input_statistics(walk, index, passed))
+            measured = list(zip(passed, statistics, strict=True))
+            if self.plan.full_precision:  # while the block has its own weights
+                if self.shared:
+                    self.shared.put(index, measured)
+                self._advance(walk)
+            yield measured
+
+    def _walk_to(self, index: int) -> Walk:
+        """The activations that enter block `index`, which are made anew where there are none."""
+        if self._walk is None:
+            sequences, batch_size, held_out = self._inputs
+            with self.phases.of("calibrate"):
+                self._walk = Walk(self.source, sequences, batch_size, held_out, self.memory)
+        if self._position < index:
+            state = self.memory.batch_size
+            while self._position < index:
+                with self.source.opened(self._position) as block:
+                    if self.blocks is not None and not self.plan.full_precision:
+                        self.memory.batch_size = self.blocks.manifests[self._position].memory["batch_size"]
+                        replace_weights(block, self.blocks.layers(self._position, str(self.source.device)))
+                    self._advance(self._walk)
+            self.memory.batch_size = state
+        return self._walk
+
+    def _advance(self, walk: Walk) -> None:
+        index = self._position
+        with self.phases.of("propagate"):
+            smaller = self.memory.smaller_batches(walk.batch_size)
+            self.memory.attempt(f"after block {index}", lambda: walk.advance(index), smaller, walk.to_host)
+        self._position += 1
+
+    def _solve_group(
+        self, group: tuple[str, ...], layers: dict[str, LinearLayer], statistics: InputStatistics, index: int
+    ) -> Iterator[LayerRecord]:
+        if not statistics.finite:
+            for name in group:
+                why = "its activations are not finite"
+                yield _left_alone(layers[name], index, name, self.plan.stored_bits, why, non_finite=True)
+            return
+        weights = {name: layers[name].weight.clone() for name in group}  # the modules' own are overwritten
+        for names in [group] if takes_rows_alone(self.plan.solver) else [(name,) for name in group]:
+            siblings = tuple(weight for name, weight in weights.items() if name not in names)
+            weight = torch.cat([weights[name].float() for name in names])
+            problem = LayerProblem(weight, statistics.hessian, mean_input=statistics.mean_input, siblings=siblings)
+            with self.phases.of("solve"):
+                here = {name: layers[name] for name in names}
+                solved = self._solve(here, problem, statistics.held_out, index)
+            yield from solved
+
+    def _solve(
+        self, layers: dict[str, LinearLayer], problem: LayerProblem, held_out: Tensor | None, block: int
+    ) -> list[LayerRecord]:
+        """Quantize layers whose weights stand one above the other in `problem`."""
+        device, start = problem.hessian.device, clock(problem.hessian.device)
+        answer = self._answer(f"{', '.join(layers)} in block {block}", problem)
+        seconds = clock(device) - start
+        records, first = [], 0
+        for name, layer in layers.items():
+            rows = slice(first, first := first + len(layer.weight))
+            mine = answer.of_rows(rows) if len(layers) > 1 else answer
+            weight = mine.weight
+            if not torch.isfinite(weight).all():
+                why = f"{type(self.plan.solver).__name__} gave weights that are not finite"
+                records.append(_left_alone(layer, block, name, self.plan.stored_bits, why, non_finite=True))
                 continue
-            weights = {name: layers[name].weight.clone() for name in group}  # the modules' own are overwritten
-            for names in [group] if takes_rows_alone(solver) else [(name,) for name in group]:
-                siblings = tuple(weight for name, weight in weights.items() if name not in names)
-                stacked = torch.cat([weights[name].float() for name in names])
-                problem = LayerProblem(stacked, statistics.hessian, mean_input=statistics.mean_input, siblings=siblings)
-                with phases.of("solve"):
-                    here = {name: layers[name] for name in names}
-                    solved = _solve(here, problem, solver, spec, index, stored_bits)
-                yield from solved
+            layer.replace(weight)
+            self._answers[name] = mine
+            own = replace(problem, weight=problem.weight[rows])
+            record = _record(own, mine, block, name, seconds * len(weight) / len(problem.weight))
+            records.append(replace(record, **_errors(own, layer.weight.float(), held_out)))
+        return records
+
+    def _answer(self, where: str, problem: LayerProblem) -> QuantizedLayer:
+        solver, spec, memory = self.plan.solver, self.plan.spec, self.memory
+        remedies = [self._walk.to_host] if self._walk else []
+        if takes_rows_alone(solver):
+            remedies.append(memory.thinner_slices(len(problem.weight)))
+
+        def solve() -> QuantizedLayer:
+            slices = memory.row_slices if takes_rows_alone(solver) else 1
+            parts = [replace(problem, weight=rows) for rows in problem.weight.chunk(slices)]
+            return stacked([solver.solve(part, spec) for part in parts])
+
+        try:
+            return memory.attempt(f"in the solver of {where}", solve, *remedies)
+        except Unsupported as error:
+            raise Unsupported(f"{where}: {error}") from error
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from error
 
 
-def _solve(
-    layers: dict[str, LinearLayer],
-    problem: LayerProblem,
-    solver: LayerSolver,
-    spec: GridSpec,
-    block: int,
-    stored_bits: float,
-) -> list[LayerRecord]:
-    """Quantize layers whose weights stand one above the other in `problem`."""
-    where = f"{', '.join(layers)} in block {block}"
-    device, start = problem.hessian.device, clock(problem.hessian.device)
-    try:
-        answer = solver.solve(problem, spec)
-    except Unsupported as error:
-        raise Unsupported(f"{where}: {error}") from error
-    except ValueError as error:
-        raise InputError(f"{where}: {error}") from error
-    seconds = clock(device) - start
-    records, first = [], 0
-    for name, layer in layers.items():
-        rows = slice(first, first := first + len(layer.weight))
-        mine = answer.of_rows(rows) if len(layers) > 1 else answer
-        weight = mine.weight
-        if not torch.isfinite(weight).all():
-            why = f"{type(solver).__name__} gave weights that are not finite"
-            records.append(_left_alone(layer, block, name, stored_bits, why, non_finite=True))
-            continue
-        layer.replace(weight)
-        own = replace(problem, weight=problem.weight[rows])
-        error = own.relative_error(layer.weight.float())  # in the model's dtype, so with its rounding
-        records.append(_record(own, mine, block, name, error, seconds * len(weight) / len(problem.weight)))
-    return records
+def replace_weights(block: Any, answers: dict[str, QuantizedLayer]) -> None:
+    """Give the layers of a block the weights that their codes stand for."""
+    layers = linear_layers(block)
+    for name, answer in answers.items():
+        layers[name].replace(answer.weight)
 
 
-def _record(
-    problem: LayerProblem, answer: QuantizedLayer, block: int, name: str, error: float, seconds: float
-) -> LayerRecord:
+def _errors(problem: LayerProblem, weight: Tensor, held_out: Tensor | None) -> dict[str, float]:
+    """The relative errors of a weight as it stands in the model, so with the rounding of its dtype."""
+    errors = {"relative_error": problem.relative_error(weight)}
+    if held_out is not None:
+        errors["held_out_error"] = replace(problem, hessian=held_out).relative_error(weight)
+    return errors
+
+
+def _record(problem: LayerProblem, answer: QuantizedLayer, block: int, name: str, seconds: float) -> LayerRecord:
     return LayerRecord(
         block=block,
         layer=name,
         out_features=problem.weight.shape[0],
         in_features=problem.weight.shape[1],
-        relative_error=error,
         seconds=seconds,
         bits_per_weight=answer.bits_per_weight,
         outlier_ratio=answer.outlier_ratio,
@@ -175,6 +259,7 @@ def _record(
         dead_columns=problem.dead_columns,
         clipped_scales=answer.grid.clipped,
         notes="; ".join(answer.notes),
+        history=answer.history,
     )
 
 
@@ -192,36 +277,3 @@ def _left_alone(
         left_alone=True,
         notes=why,
     )
-
-
-def refuse_warnings(record: LayerRecord) -> None:
-    """What `warnings=error` does with a layer for which something did not go as asked.
-
-    Raises:
-        InputError: naming the layer and what it was.
-    """
-    if found := [f"{kind.replace('_', ' ')}: {value}" for kind in WARNINGS if (value := getattr(record, kind))]:
-        what = ", ".join(found) + (f" ({record.notes})" if record.notes else "")
-        raise InputError(f"{record.layer} in block {record.block}: {what}; warnings=record goes on and records it")
-
-
-def summary(records: list[LayerRecord], parameters: int, stored_bits: float) -> dict[str, float]:
-    """What the records of all layers come to, as it stands in `metrics.json`.
-
-    Args:
-        parameters: of the whole model, embeddings and head included, tied ones once.
-        stored_bits: of those that are not in a quantized layer.
-    """
-    sizes = [record.out_features * record.in_features for record in records]
-    quantized = sum(sizes)
-    bits = sum(size * record.bits_per_weight for size, record in zip(sizes, records, strict=True))
-    outliers = sum(size * record.outlier_ratio for size, record in zip(sizes, records, strict=True))
-    errors = [record.relative_error for record in records if not record.left_alone]
-    figures: dict[str, float] = {
-        "bits_per_weight": bits / quantized,
-        "bits_per_parameter": (bits + (parameters - quantized) * stored_bits) / parameters,
-        "outlier_ratio": outliers / quantized,
-        "layers/mean_relative_error": sum(errors) / max(1, len(errors)),
-        "layers/count": len(records),
-    }
-    return figures | {f"warnings/{kind}": sum(int(getattr(record, kind)) for record in records) for kind in WARNINGS}

@@ -42,6 +42,9 @@ class Settings:
     data_root: str | None
     device: str | None
     batch_size: int | None
+    cache: str | None
+    cache_gb: float
+    keep_checkpoint: bool
     warnings: str
     force: bool
 
@@ -50,6 +53,8 @@ class Settings:
             raise ValueError(f"study must be the name of a folder, not {self.study!r}")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
+        if self.cache_gb < 0:
+            raise ValueError(f"cache_gb must not be negative, not {self.cache_gb}")
         if self.warnings not in ("record", "error"):
             raise ValueError(f"warnings must be record or error, not {self.warnings!r}")
         try:

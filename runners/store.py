@@ -7,16 +7,18 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable
-from contextlib import suppress
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from runners.errors import InputError
-from runners.quantization import LayerRecord
+from runners.records import LayerRecord
 
 METRICS = "metrics.json"
 
@@ -62,17 +64,25 @@ class RunFolder:
         write(self.path / name, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     def write_layers(self, records: list[LayerRecord]) -> None:
-        names = [field.name for field in fields(LayerRecord)]
-        self._write_csv("layers.csv", names, (asdict(record) for record in records))
+        """A row a layer; and where a method has tracked its sweeps, a row a sweep."""
+        self._write_csv("layers.csv", list(records[0].row), (record.row for record in records))
+        sweeps = [
+            {"block": record.block, "layer": record.layer, "sweep": sweep, "relative_error": error}
+            for record in records
+            for sweep, error in enumerate(record.history, start=1)
+        ]
+        if sweeps:
+            self._write_csv("sweeps.csv", list(sweeps[0]), sweeps)
 
-    def write_windows(self, losses: dict[str, list[float]]) -> None:
-        """The negative log-likelihood of every window of every text."""
-        rows = (
-            {"text": text, "window": window, "nll": f"{nll:.9g}"}
-            for text, values in losses.items()
-            for window, nll in enumerate(values)
-        )
-        self._write_csv("windows.csv", ["text", "window", "nll"], rows)
+    def write_windows(self, measured: dict[str, dict[str, list[float]]]) -> None:
+        """What was measured on every window of every text: text to measure to a value a window."""
+        measures = list(dict.fromkeys(name for values in measured.values() for name in values))
+        rows = [
+            {"text": text, "window": window} | {name: f"{values[name][window]:.9g}" for name in values}
+            for text, values in measured.items()
+            for window in range(len(next(iter(values.values()))))
+        ]
+        self._write_csv("windows.csv", ["text", "window", *measures], rows)
 
     def _write_csv(self, name: str, columns: list[str], rows: Iterable[dict[str, Any]]) -> None:
         text = io.StringIO()
@@ -88,20 +98,36 @@ def write(path: Path, content: str) -> None:
     Raises:
         InputError: the file cannot be written (no room, no permission); what stood there before is untouched.
     """
-    partial = path.with_name(path.name + ".partial")
+    with _replacing(path) as partial:
+        partial.write_text(content, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """The same for a safetensors file.
+
+    Raises:
+        InputError: as for `write`.
+    """
+    with _replacing(path) as partial:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial, metadata)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, which is flushed to the disk and takes its place if nothing goes wrong."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may write the same file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
+        yield partial
+        with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be written ({why}): make room there or set results=FOLDER") from error
+    finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise InputError(
-            f"{path} cannot be written ({error.strerror or error}): make room there or set results=FOLDER"
-        ) from error
 
 
 def check_writable(folder: Path) -> None:

@@ -8,11 +8,10 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from runners.quantization import LayerRecord
+from runners.records import LayerRecord
 from runners.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -67,8 +66,8 @@ class WandbTracker:
         self._exit_code = int(metrics["status"] != "done")
         with _harmless():
             if records:
-                rows: Any = [list(asdict(record).values()) for record in records]
-                self._run.log({"layers": wandb.Table(columns=list(asdict(records[0])), data=rows)})
+                rows: Any = [list(record.row.values()) for record in records]
+                self._run.log({"layers": wandb.Table(columns=list(records[0].row), data=rows)})
             self._run.summary.update(metrics)
 
     def close(self) -> None:

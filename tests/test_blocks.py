@@ -8,8 +8,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from runners.blocks import Walk, decoder_blocks, input_statistics, linear_layers, shared_inputs
+from runners.blocks import Resident, Walk, decoder_blocks, input_statistics, linear_layers, shared_inputs
 from runners.errors import InputError
+from runners.memory import Memory
 from tests.families import FAMILIES, random_ids, random_model
 
 # Which layers share an input, in the order in which the block uses them.
@@ -56,7 +57,7 @@ def outputs_of_blocks(model: Any, ids: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_walk_is_the_models_own_forward_pass(family: str) -> None:
     model, ids = random_model(family), random_ids(7)  # 7 = 3 + 3 + 1: the last batch is smaller
-    walk = Walk(model, ids, batch_size=3)
+    walk = Walk(Resident(model), ids, batch_size=3)
     expected = [outputs_of_blocks(model, batch) for batch in ids.split(3)]
     for index in range(len(walk.blocks)):
         walk.advance(index)
@@ -66,7 +67,7 @@ def test_the_walk_is_the_models_own_forward_pass(family: str) -> None:
 
 @pytest.mark.parametrize("family", SHARED)
 def test_layers_that_share_an_input_are_found(family: str) -> None:
-    walk = Walk(random_model(family), random_ids(2), batch_size=2)
+    walk = Walk(Resident(random_model(family)), random_ids(2), batch_size=2)
     assert [set(group) for group in shared_inputs(walk, 1)] == SHARED[family]
 
 
@@ -83,7 +84,7 @@ def test_the_statistics_are_those_of_what_enters_each_layer(family: str) -> None
     model(ids, use_cache=False)
     for handle in handles:
         handle.remove()
-    walk = Walk(model, ids, batch_size=2)
+    walk = Walk(Resident(model), ids, batch_size=2)
     groups = shared_inputs(walk, 0)
     assert sorted(name for group in groups for name in group) == sorted(layers)
     for group, statistics in zip(groups, input_statistics(walk, 0, groups), strict=True):
@@ -124,14 +125,14 @@ def test_a_model_without_blocks_is_refused() -> None:
 def test_a_layer_that_is_never_used_shares_no_input() -> None:
     model = random_model("opt")
     model.model.decoder.layers[0].spare = nn.Linear(32, 32)
-    walk = Walk(model, random_ids(2), batch_size=2)
+    walk = Walk(Resident(model), random_ids(2), batch_size=2)
     assert "spare" not in {name for group in shared_inputs(walk, 0) for name in group}
 
 
 def test_activations_that_are_not_finite_are_noticed_and_go_no_further() -> None:
     model = random_model("llama")
     model.model.layers[0].mlp.up_proj.weight.fill_(1e38)
-    walk = Walk(model, random_ids(2), batch_size=2)
+    walk = Walk(Resident(model), random_ids(2), batch_size=2)
     groups = shared_inputs(walk, 0)
     finite = dict(zip(groups, (statistics.finite for statistics in input_statistics(walk, 0, groups)), strict=True))
     assert not finite["mlp.down_proj",]
@@ -150,7 +151,7 @@ def test_arguments_that_depend_on_the_text_are_refused() -> None:
         with_kwargs=True,
     )
     with pytest.raises(InputError, match=r"block 1 .* depend on the text"):
-        Walk(model, random_ids(2), batch_size=2)
+        Walk(Resident(model), random_ids(2), batch_size=2)
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
@@ -158,7 +159,10 @@ def test_activations_in_host_memory_change_nothing(family: str) -> None:
     """Run on a GPU where there is one, with copies ahead of the work; else the bookkeeping alone."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, ids = random_model(family).to(device), random_ids(7)
-    near, far = Walk(model, ids, 3, offload=False), Walk(model, ids, 3, offload=True)
+    near, far = (
+        Walk(Resident(model), ids, 3, memory=Memory(offload=False)),
+        Walk(Resident(model), ids, 3, memory=Memory(offload=True)),
+    )
     assert all(batch.device.type == "cpu" for batch in far.hidden)
     for index in range(len(near.blocks)):
         groups = shared_inputs(near, index)

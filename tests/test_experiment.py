@@ -49,6 +49,7 @@ LAYER_COLUMNS = {
     "non_finite",
     "left_alone",
     "notes",
+    "held_out_error",
 }
 
 
@@ -154,7 +155,7 @@ def test_an_unexpected_error_becomes_a_row_with_stage_and_traceback(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("in the middle")
 
-    monkeypatch.setattr(experiment, "window_losses", fail)
+    monkeypatch.setattr(experiment, "Evaluation", fail)
     settings = toy_settings("method=rtn")
     row = run_cell(settings)
     assert (row["status"], row["stage"]) == ("failed", "evaluate")

@@ -15,24 +15,17 @@ from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from quantease.quantease import QuantEase
 from runners import quantization
-from runners.blocks import decoder_blocks, linear_layers
+from runners.blocks import Resident, decoder_blocks, linear_layers
 from runners.errors import InputError
-from runners.quantization import WARNINGS, LayerRecord, quantize, refuse_warnings, summary
+from runners.quantization import Plan, Quantization
+from runners.records import WARNINGS, LayerRecord, refuse_warnings, summary
 from tests.families import FAMILIES, random_ids, random_model
 
 
 def run(model, solver: LayerSolver, bits: int = 3, true_sequential: bool = False) -> list[LayerRecord]:
     reported: list[LayerRecord] = []
-    records = quantize(
-        model,
-        random_ids(6),
-        solver,
-        GridSpec(bits),
-        true_sequential=true_sequential,
-        batch_size=4,
-        stored_bits=32,
-        report=reported.append,
-    )
+    plan = Plan(solver, GridSpec(bits), true_sequential, stored_bits=32)
+    records = Quantization(Resident(model), random_ids(6), plan, batch_size=4).run(reported.append)
     assert records == reported
     return records
 
@@ -167,17 +160,9 @@ def test_a_layer_whose_inputs_are_not_finite_is_left_alone_and_the_run_ends_ther
     model = random_model("llama")
     block_of(model, 0).mlp.up_proj.weight.fill_(1e38)
     reported: list[LayerRecord] = []
+    quantization = Quantization(Resident(model), random_ids(6), Plan(RTN(), GridSpec(8, scale_bits=32)), batch_size=4)
     with pytest.raises(InputError, match="activations that leave block 0 are not finite"):
-        quantize(
-            model,
-            random_ids(6),
-            RTN(),
-            GridSpec(8, scale_bits=32),
-            true_sequential=False,
-            batch_size=4,
-            stored_bits=32,
-            report=reported.append,
-        )
+        quantization.run(reported.append)
     (left,) = (record for record in reported if record.left_alone)
     assert (left.layer, left.notes, left.non_finite) == ("mlp.down_proj", "its activations are not finite", True)
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from runners.calibration import draw_sequences, ids_hash
 from runners.checking import check
+from runners.errors import InputError
 from runners.perplexity import cut_windows, perplexity, window_losses
 from runners.schema import Calibration, Text
 from runners.stdlib import SHARES, Part, documents, part_of
@@ -65,7 +67,7 @@ def test_a_sample_of_c4_does_not_pass_for_the_protocol(gpt2: PreTrainedTokenizer
 @needs_shared
 def test_calibration_on_real_c4(gpt2: PreTrainedTokenizerBase) -> None:
     calibration = check(["model=opt-125m"], multirun=False)[0].calibration
-    sequences = draw_sequences(calibration, gpt2, 512, seed=0, data_root=str(SHARED / "data"))
+    sequences = draw_sequences(calibration, gpt2, 512, seed=0, data_root=str(SHARED / "data")).used
     assert sequences.shape == (128, 512)
 
 
@@ -107,18 +109,58 @@ def test_calibration_is_seeded(data_root: Path, tokenizer: PreTrainedTokenizerBa
         Calibration("c4", C4_TRAIN, "documents", num_sequences=8),
         Calibration("wikitext2", HubDataset("wikitext2", "", "train", "text"), "joined", num_sequences=8),
     ):
-        first, again, other = (draw_sequences(calibration, tokenizer, 32, seed, str(data_root)) for seed in (0, 0, 1))
+        first, again, other = (
+            draw_sequences(calibration, tokenizer, 32, seed, str(data_root)).used for seed in (0, 0, 1)
+        )
         assert first.shape == (8, 32)
         assert torch.equal(first, again)
         assert ids_hash(first) == ids_hash(again) != ids_hash(other)
 
 
 def test_a_calibration_sequence_lies_within_one_document(data_root: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    calibration = Calibration("c4", C4_TRAIN, "documents", num_sequences=20)
+    calibration = Calibration("c4", C4_TRAIN, "documents", num_sequences=20, held_out=0)
     texts = [json.loads(line)["text"] for line in (data_root / "c4" / "train.jsonl").read_text().splitlines()]
     ids = [tokenizer(text)["input_ids"] for text in texts]
-    for sequence in draw_sequences(calibration, tokenizer, 32, 0, str(data_root)).tolist():
+    for sequence in draw_sequences(calibration, tokenizer, 32, 0, str(data_root)).used.tolist():
         assert any(sequence == document[i : i + 32] for document in ids for i in range(len(document) - 31))
+
+
+@pytest.mark.parametrize("sampling", ["documents", "joined"])
+def test_sequences_that_are_held_out_share_no_token_with_the_others(
+    sampling: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [{"text": " ".join(f"{number * 100 + word}" for word in range(60))} for number in range(40)]
+    write_rows(tmp_path / "c4" / "train.jsonl", rows)
+    calibration = Calibration("c4", C4_TRAIN, sampling, num_sequences=12, held_out=6)
+    both = draw_sequences(calibration, tokenizer, 32, 0, str(tmp_path))
+    none = draw_sequences(replace(calibration, held_out=0), tokenizer, 32, 0, str(tmp_path))
+    assert torch.equal(both.used, none.used)
+    assert none.held_out is None
+    assert both.held_out is not None
+    assert both.held_out.shape == (6, 32)
+    text = calibration.join.join(row["text"] for row in rows)
+    ids = tokenizer(text)["input_ids"]
+    if sampling == "joined":
+        places = [[_place(ids, sequence.tolist()) for sequence in some] for some in (both.used, both.held_out)]
+        assert all(abs(a - b) >= 32 for a in places[0] for b in places[1])
+    else:
+        documents = [tokenizer(row["text"])["input_ids"] for row in rows]
+        of = [{_document(documents, sequence.tolist()) for sequence in some} for some in (both.used, both.held_out)]
+        assert not of[0] & of[1]
+
+
+def _place(ids: list[int], sequence: list[int]) -> int:
+    return next(i for i in range(len(ids)) if ids[i : i + len(sequence)] == sequence)
+
+
+def _document(documents: list[list[int]], sequence: list[int]) -> int:
+    return next(n for n, ids in enumerate(documents) if any(ids[i : i + 32] == sequence for i in range(len(ids))))
+
+
+def test_a_text_that_leaves_nothing_to_hold_out_is_refused(data_root: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    calibration = Calibration("c4", C4_TRAIN, "documents", num_sequences=20)
+    with pytest.raises(InputError, match=r"too short to hold out 16 sequences .* calibration\.held_out \(0: none\)"):
+        draw_sequences(calibration, tokenizer, 32, 0, str(data_root))
 
 
 def test_no_calibration_is_drawn_from_what_is_evaluated() -> None:
@@ -161,7 +203,7 @@ def test_the_standard_library_gives_enough_text(tokenizer: PreTrainedTokenizerBa
     (settings,) = check([], multirun=False)
     for name, text in settings.evaluation.texts.items():
         assert len(cut_windows(name, text, tokenizer, 512, None).ids) == 64
-    assert draw_sequences(settings.calibration, tokenizer, 512, 0, None).shape == (128, 512)
+    assert draw_sequences(settings.calibration, tokenizer, 512, 0, None).used.shape == (128, 512)
 
 
 def test_the_standard_library_is_identified_by_its_python() -> None:

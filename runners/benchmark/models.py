@@ -14,8 +14,9 @@ from quantease.grid import GridSpec
 from quantease.layer import LayerSolver
 from quantease.quantease import QuantEase
 from runners.benchmark.layers import WIDTHS
+from runners.blocks import Resident
 from runners.meter import Meter, Phases
-from runners.quantization import quantize
+from runners.quantization import Plan, Quantization
 
 DEPTHS = {"125m": 12, "1.3b": 24, "2.7b": 32, "6.7b": 32, "13b": 40, "30b": 48, "66b": 64}
 HEADS = {"125m": 12, "1.3b": 32, "2.7b": 32, "6.7b": 32, "13b": 40, "30b": 56, "66b": 72}
@@ -55,17 +56,10 @@ def measure(name: str, method: str, sequences: int, length: int, device: torch.d
     with Meter(device) as meter:
         with phases.of("load"):
             model = random_opt(name, device)
-        records = quantize(
-            model,
-            ids,
-            METHODS[method],
-            GridSpec(3),
-            true_sequential=False,
-            batch_size=max(1, BATCH_TOKENS // length),
-            stored_bits=16,
-            report=lambda _: None,
-            phases=phases,
-        )
+        plan = Plan(METHODS[method], GridSpec(3))
+        batch_size = max(1, BATCH_TOKENS // length)
+        quantization = Quantization(Resident(model), ids, plan, batch_size=batch_size, phases=phases)
+        records = quantization.run(lambda _: None)
     parts = {f"{phase}_seconds": value for phase, value in phases.seconds.items()}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {

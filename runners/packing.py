@@ -1,0 +1,92 @@
+"""Quantized layers as tensors in a file, and back: to the last bit, with codes that take the bits they are said to take."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantease.grid import Grid, GridSpec
+from quantease.layer import Outliers, QuantizedLayer
+
+BYTE = 8
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes (any shape, uint8, less than 2**bits) as bit planes, uint8 (bits, count / 8): `bits` bits a code."""
+    flat = codes.flatten()
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % BYTE)).reshape(-1, BYTE)
+    planes = []
+    for bit in range(bits):
+        plane = torch.zeros(len(padded), dtype=torch.uint8, device=codes.device)
+        for place in range(BYTE):
+            plane |= ((padded[:, place] >> bit) & 1) << place
+        planes.append(plane)
+    return torch.stack(planes)
+
+
+def unpack_codes(planes: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The codes (uint8, of `shape`) that `pack_codes` has packed."""
+    padded = torch.zeros(planes.shape[1], BYTE, dtype=torch.uint8, device=planes.device)
+    for bit, plane in enumerate(planes):
+        for place in range(BYTE):
+            padded[:, place] |= ((plane >> place) & 1) << bit
+    return padded.flatten()[: shape[0] * shape[1]].reshape(shape)
+
+
+def pack(layers: dict[str, QuantizedLayer]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The layers of a block as the tensors and the metadata of a safetensors file."""
+    tensors: dict[str, Tensor] = {}
+    words: dict[str, Any] = {}
+    for name, layer in layers.items():
+        mine = _tensors(layer)
+        tensors |= {f"{name}.{key}": tensor.cpu().contiguous() for key, tensor in mine.items()}
+        words[name] = _words(layer)
+    return tensors, {"format": "pt", "layers": json.dumps(words)}
+
+
+def unpack(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, QuantizedLayer]:
+    """What `pack` has packed, on the device that the tensors are on."""
+    return {
+        name: _layer({key: tensors[f"{name}.{key}"] for key in words["tensors"]}, words)
+        for name, words in json.loads(metadata["layers"]).items()
+    }
+
+
+def _tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
+    tensors = {
+        "codes": pack_codes(layer.codes, layer.grid.spec.bits),
+        "scale": layer.grid.scale,
+        "zero": layer.grid.zero,
+        "group": layer.grid.group.to(torch.int32),
+    }
+    if layer.column_scale is not None:
+        tensors["column_scale"] = layer.column_scale
+    if layer.outliers is not None:
+        tensors["outlier_rows"] = layer.outliers.rows.to(torch.int32)
+        tensors["outlier_columns"] = layer.outliers.columns.to(torch.int32)
+        tensors["outlier_values"] = layer.outliers.values
+    return tensors
+
+
+def _words(layer: QuantizedLayer) -> dict[str, Any]:
+    outliers = layer.outliers
+    return {
+        "tensors": list(_tensors(layer)),
+        "shape": list(layer.codes.shape),
+        "grid": asdict(layer.grid.spec),
+        "stored_bits_per_group": layer.grid.stored_bits_per_group,
+        "outliers": outliers and {"whole_columns": outliers.whole_columns, "value_bits": outliers.value_bits},
+    }
+
+
+def _layer(tensors: dict[str, Tensor], words: dict[str, Any]) -> QuantizedLayer:
+    codes = unpack_codes(tensors["codes"], tuple(words["shape"]))
+    spec, stored_bits = GridSpec(**words["grid"]), words["stored_bits_per_group"]
+    grid = Grid(spec, tensors["scale"], tensors["zero"], tensors["group"].long(), stored_bits)
+    outliers = None
+    if words["outliers"] is not None:
+        places = (tensors["outlier_rows"].long(), tensors["outlier_columns"].long())
+        outliers = Outliers(*places, tensors["outlier_values"], **words["outliers"])
+    return QuantizedLayer(codes, grid, outliers, tensors.get("column_scale"))

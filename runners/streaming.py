@@ -1,0 +1,208 @@
+"""A model that is never whole in memory: a skeleton, of which one block at a time is read from its safetensors shards.
+
+What lies outside the blocks (embeddings, the last norm, the head) stays in memory; a block's weights are there between
+`open` and `close`. Buffers, which hold no weights but tables such as rotary frequencies, are made with the skeleton.
+"""
+
+import copy
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from runners.blocks import Resident, Source, decoder_blocks
+from runners.errors import InputError
+from runners.memory import give_back
+from runners.models import Checkpoint, load
+from runners.schema import Model
+
+log = logging.getLogger(__name__)
+
+
+class _Loaded(Resident):
+    """A checkpoint whose names only transformers knows how to read: in memory as a whole, its weights kept beside."""
+
+    @contextmanager
+    def opened(self, index: int) -> Iterator[nn.Module]:
+        block = self.blocks[index]
+        original = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
+        try:
+            yield block
+        finally:
+            for name, parameter in block.named_parameters():
+                parameter.copy_(original[name])
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Where the tensors of a checkpoint lie: name to file."""
+
+    places: dict[str, Path]
+
+    @classmethod
+    def of(cls, folder: Path) -> "Shards":
+        """The tensors of `model.safetensors`, or of the files that its index names.
+
+        Raises:
+            InputError: the index names a tensor that its file does not hold.
+        """
+        whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+        if whole.is_file():
+            return cls(dict.fromkeys(_names(whole), whole))
+        mapped: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        held = {file: set(_names(folder / file)) for file in set(mapped.values())}
+        for name, file in mapped.items():
+            if name not in held[file]:
+                raise InputError(f"{folder / file} does not hold the weight {name} that {index.name} places there")
+        return cls({name: folder / file for name, file in mapped.items()})
+
+    def read(self, names: Iterable[str], device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Tensors by name, each a copy on `device`; floating-point ones in `dtype`. One file is open at a time."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.places[name], []).append(name)
+        for file, members in by_file.items():
+            with safe_open(file, framework="pt") as opened:
+                for name in members:
+                    tensor = opened.get_tensor(name)
+                    wanted = dtype if tensor.is_floating_point() else tensor.dtype
+                    yield name, tensor.to(device=device, dtype=wanted, copy=True)
+
+    def check_finite(self) -> None:
+        """Look at every weight once, a tensor at a time.
+
+        Raises:
+            InputError: naming the first one that contains NaN or infinity.
+        """
+        for file in dict.fromkeys(self.places.values()):
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a dictionary
+                    tensor = opened.get_tensor(name)
+                    # The extremes are NaN where any number is: one pass, and nothing as large as the tensor beside it.
+                    if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
+                        raise InputError(f"the weight {name} in {file} contains NaN or infinity: the file is damaged")
+
+
+class StreamedModel:
+    """The skeleton of a checkpoint with everything outside its blocks in memory.
+
+    Raises:
+        InputError: a weight is missing, or has another shape than config.json says.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
+        with init_empty_weights(include_buffers=False):
+            self.model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), dtype=dtype)
+        self.model.eval().requires_grad_(False)
+        self.blocks = decoder_blocks(self.model)
+        self.device = device
+        self.tuples: dict[type, int] = {}
+        self._folder, self._shards, self._dtype = checkpoint.folder, shards, dtype
+        self._prefix = next(name for name, module in self.model.named_modules() if module is self.blocks)
+        self._stored = _stored_names(self.model, shards)
+        self._tied = _tied(self.model, self._stored)
+        outside = [name for name in self._stored if not name.startswith(f"{self._prefix}.")]
+        self._fill(self.model, "", [name for name in outside if name not in self._tied])
+        self.model.tie_weights()
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device)
+
+    @contextmanager
+    def opened(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with the checkpoint's weights, which leave the memory at the end."""
+        block, prefix = self.blocks[index], f"{self._prefix}.{index}."
+        self._fill(block, prefix, [name for name in self._stored if name.startswith(prefix)])
+        try:
+            yield block
+        finally:
+            for module in block.modules():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            give_back()
+
+    def _fill(self, module: nn.Module, prefix: str, names: list[str]) -> None:
+        wanted = {self._stored[name]: name for name in names}
+        state = {
+            wanted[stored].removeprefix(prefix): tensor
+            for stored, tensor in self._shards.read(wanted, self.device, self._dtype)
+        }
+        try:
+            module.load_state_dict(state, strict=False, assign=True)
+        except RuntimeError as error:
+            what = " ".join(str(error).split())[:300]
+            raise InputError(f"the weights in {self._folder} do not fit its config.json: {what}") from error
+        module.requires_grad_(False)
+
+
+def open_model(checkpoint: Checkpoint, model: Model, device: torch.device) -> Source:
+    """The checkpoint, to be read block by block; as a whole where its names are not those of its modules.
+
+    Raises:
+        InputError: a weight is missing, has another shape than config.json says, or is not finite.
+    """
+    shards = Shards.of(checkpoint.folder)
+    shards.check_finite()
+    if unknown := _unmatched(checkpoint.skeleton, shards):
+        log.info("%s is stored under another name: loading %s as a whole", unknown[0], checkpoint.folder)
+        return _Loaded(load(checkpoint, model, device))
+    return StreamedModel(checkpoint, shards, _dtype(checkpoint, model, shards), device)
+
+
+def _dtype(checkpoint: Checkpoint, model: Model, shards: Shards) -> torch.dtype:
+    """What the run asks for, else what config.json says, else what the first weight has: transformers' own order."""
+    dtype = getattr(torch, model.dtype) if model.dtype else checkpoint.config.dtype
+    if dtype is not None:
+        return dtype
+    for name, file in shards.places.items():
+        with safe_open(file, framework="pt") as opened:
+            if (tensor := opened.get_tensor(name)).is_floating_point():
+                return tensor.dtype
+    return torch.float32
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def _stored_names(model: Any, shards: Shards) -> dict[str, str]:
+    """For each weight of the model that the files hold as it is: its name there, by the rules of transformers."""
+    state = model.state_dict()
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    found: dict[str, str] = {}
+    for stored in shards.places:
+        name, converted = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+        if converted is None and name in state:
+            found[name] = stored
+    return found
+
+
+def _tied(model: Any, stored: dict[str, str]) -> set[str]:
+    """Weights that are another's, by config.json: they need not be stored, and are not read."""
+    if not model.config.get_text_config().tie_word_embeddings:
+        return set()
+    tied = model._tied_weights_keys or {}
+    return {name for name, original in tied.items() if original in stored} if isinstance(tied, dict) else set(tied)
+
+
+def _unmatched(skeleton: Any, shards: Shards) -> list[str]:
+    """Weights of the model that the files do not hold under a name that is known here."""
+    stored = _stored_names(skeleton, shards)
+    tied = _tied(skeleton, stored)
+    parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+    return [name for name in parameters if name not in stored and name not in tied]
