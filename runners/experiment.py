@@ -16,11 +16,13 @@ from runners.console import progress
 from runners.errors import InputError
 from runners.meter import Meter, Phases, environment
 from runners.models import Checkpoint, check_divisibility, load, load_tokenizer, open_checkpoint
-from runners.perplexity import Windows, cut_windows, perplexity, window_losses
+from runners.perplexity import Windows, cut_texts, perplexity, window_losses
 from runners.quantization import LayerRecord, quantize, refuse_warnings, summary
 from runners.settings import Settings
 from runners.store import METRICS, RunFolder, check_writable
+from runners.tasks import ReadyTask, prepare_tasks
 from runners.tracking import Tracker, track
+from runners.zero_shot import measure_tasks
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ class Inputs:
     device: torch.device
     sequences: Tensor | None  # (sequences, length), the calibration data
     windows: dict[str, Windows]
+    tasks: list[ReadyTask]
+    skipped: dict[str, str]  # texts and tasks whose data set cannot be had, and why
 
 
 def run_experiment(settings: Settings) -> list[dict[str, Any]]:
@@ -107,6 +111,7 @@ def _measure(settings: Settings, folder: RunFolder, state: Progress, tracker: Tr
             folder.write_layers(state.records)
     state.stage = "evaluate"
     metrics |= _evaluate(model, settings, inputs, folder)
+    metrics |= _zero_shot(model, settings, inputs)
     return metrics
 
 
@@ -122,16 +127,14 @@ def _preflight(settings: Settings) -> Inputs:
         check_divisibility(checkpoint, settings.grid)
     tokenizer = load_tokenizer(checkpoint)
     length = checkpoint.sequence_length
-    windows = {
-        name: cut_windows(name, text, tokenizer, length, settings.data_root)
-        for name, text in settings.evaluation.texts.items()
-    }
+    windows, skipped = cut_texts(settings.evaluation, tokenizer, length, settings.data_root)
+    tasks, missing = prepare_tasks(settings.evaluation.tasks, settings.data_root)
     sequences = None
     if settings.quantizes:
         sequences = draw_sequences(settings.calibration, tokenizer, length, settings.seed, settings.data_root)
     tokens = [text.ids for text in windows.values()] + ([] if sequences is None else [sequences])
     _check_vocabulary(max((int(ids.max()) for ids in tokens), default=0), checkpoint)
-    return Inputs(checkpoint, tokenizer, device, sequences, windows)
+    return Inputs(checkpoint, tokenizer, device, sequences, windows, tasks, skipped | missing)
 
 
 def _headline(settings: Settings, inputs: Inputs) -> str:
@@ -209,6 +212,22 @@ def _evaluate(model: Any, settings: Settings, inputs: Inputs, folder: RunFolder)
             }
     folder.write_windows(losses)
     return metrics | {"evaluate/seconds": meter.seconds, "evaluate/peak_memory_gb": meter.peak_memory_gb}
+
+
+def _zero_shot(model: Any, settings: Settings, inputs: Inputs) -> dict[str, Any]:
+    skipped = {f"skipped/{name}": why for name, why in inputs.skipped.items()}
+    if not inputs.tasks:
+        return skipped
+    with Meter(inputs.device) as meter:
+        metrics = measure_tasks(
+            model,
+            inputs.tokenizer,
+            inputs.tasks,
+            length=inputs.checkpoint.sequence_length,
+            batch_size=settings.batch_size or _batch_size(inputs),
+            limit=settings.evaluation.limit,
+        )
+    return metrics | skipped | {"zero_shot/seconds": meter.seconds}
 
 
 def _batch_size(inputs: Inputs) -> int:
