@@ -23,7 +23,8 @@ def last_word_rows() -> list[dict[str, str]]:
     Raises:
         InputError: this Python carries no readable standard library.
     """
-    return [{"text": passage} for document in documents("docs", "evaluation") for passage in _passages(document.text)]
+    passages = (passage for document in documents("docs", "evaluation") for passage in _passages(document.text))
+    return [{"text": passage} for passage in dict.fromkeys(passages)]
 
 
 def _passages(text: str) -> Iterator[str]:

@@ -54,6 +54,9 @@ def measure_tasks(
         lm.title = f"zero-shot  {task.name}"
         with silence():
             results: Any = evaluate(lm, task.loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)
+        if broken := _not_finite(task):
+            metrics[f"skipped/{task.name}"] = f"{broken} of the likelihoods that the model gives are NaN or infinite"
+            continue
         for name, values in results["results"].items():
             metrics |= _numbers(name, values)
         for name, one in task.loaded["tasks"].items():
@@ -76,15 +79,18 @@ def _numbers(task: str, values: dict[str, Any]) -> dict[str, Any]:
     numbers: dict[str, Any] = {}
     for key, value in values.items():
         metric, comma, chosen = key.partition(",")
-        if not comma or not isinstance(value, int | float | np.number):
-            continue
-        error = "_stderr" * metric.endswith("_stderr")
-        name = metric.removesuffix("_stderr") + f"_{chosen}" * (chosen != "none") + error
-        if math.isfinite(value):
+        if comma and isinstance(value, int | float | np.number):
+            error = "_stderr" * metric.endswith("_stderr")
+            name = metric.removesuffix("_stderr") + f"_{chosen}" * (chosen != "none") + error
             numbers[f"zero_shot/{task}/{name}"] = float(value)
-        else:
-            numbers[f"skipped/{task}/{name}"] = f"{name} of {task} is {value}: the model's logits are not finite"
     return numbers
+
+
+def _not_finite(task: ReadyTask) -> int:
+    """How many answers are no numbers: with such, the harness takes the first choice and calls it an accuracy."""
+    requests = (request for one in task.loaded["tasks"].values() for request in one.instances)
+    answers = (answer[0] if isinstance(answer, tuple) else answer for request in requests for answer in request.resps)
+    return sum(isinstance(answer, float) and not math.isfinite(answer) for answer in answers)
 
 
 def _version(task: Any, version: Any) -> str:
@@ -93,7 +99,5 @@ def _version(task: Any, version: Any) -> str:
     if shots := task.get_config("num_fewshot"):
         answer += f" ({shots} shots)"  # as its definition has it: not zero-shot
     if task.config.task == "hellaswag" and not any(task.dataset["validation"]["ctx_b"]):
-        answer += (
-            " (contexts not split)"  # on the hub their last part is apart, and begins with a capital in the prompt
-        )
+        answer += " (contexts not split)"  # the hub has their last part apart, to begin with a capital in the prompt
     return answer
