@@ -79,12 +79,18 @@ def _facts(rows: Sequence[dict[str, Any]]) -> list[str]:
         for key, value in row.items()
         if key.startswith("protocol/")
     }
+    questions = {
+        f"{name[1]}: {value} questions"
+        for row in rows
+        for key, value in row.items()
+        if (name := re.fullmatch("zero_shot/(.+)/samples", key))
+    }
     mark = (
         [f"{MARK.strip()} damping was raised in some layers, see layers.csv"] if any(map(_damping_raised, rows)) else []
     )
     skipped = dict.fromkeys(key.removeprefix("skipped/") for row in rows for key in row if key.startswith("skipped/"))
     missing = [f"not measured: {', '.join(skipped)} (why: skipped/ in metrics.json)"] if skipped else []
-    return [*(sorted(models) if len(models) < 2 else []), *sorted(protocols), *mark, *missing]
+    return [*(sorted(models) if len(models) < 2 else []), *sorted(protocols), *sorted(questions), *mark, *missing]
 
 
 def _damping_raised(row: dict[str, Any]) -> bool:

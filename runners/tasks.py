@@ -59,14 +59,24 @@ def _load(name: str, data_root: str | None) -> Any:
     np.random.seed(NUMPY_SEED)
     loaded = _load_own(name, data_root) if name == BUNDLED or name in TASKS else _load_any(name)
     for task in loaded["tasks"].values():
-        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise InputError(
-                f"the task {name} runs code of the model's or takes more than text: it is not measured here"
-            )
+        _refuse_code(name, task)
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return loaded
+
+
+def _refuse_code(name: str, task: Any) -> None:
+    """Neither the model's code nor the hub's is run."""
+    metrics = getattr(task, "_metric_fn_list", {}) if task.get_config("process_results") is None else {}
+    reasons = {
+        "runs code that the model writes": getattr(task, "UNSAFE_CODE", False),
+        "takes more than text": getattr(task, "MULTIMODAL", False),
+        "takes a metric from the hub, which is code": None in metrics.values(),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise InputError(f"the task {name} {reason}: it is not measured here, take it out of evaluation.tasks")
 
 
 def _load_own(name: str, data_root: str | None) -> Any:
@@ -104,6 +114,9 @@ def _definition(name: str, data_root: str | None) -> str:
 
 
 def _load_any(name: str) -> Any:
+    import evaluate
+
+    evaluate.config.HF_EVALUATE_OFFLINE = True  # pyright: ignore[reportAttributeAccessIssue] - see `_refuse_code`
     manager = _all_tasks()
     if name not in manager.task_index:
         known = [*TASKS, BUNDLED]

@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from runners import tasks
@@ -336,6 +337,34 @@ def test_any_other_task_by_its_name(
     metrics = measure_tasks(tiny, tokenizer, ready, length=512, batch_size=4)
     assert metrics["zero_shot/boolq/acc"] in (0.0, 1.0)
     assert metrics["zero_shot/boolq/samples"] == 2
+
+
+METRIC = {"metric": "rouge", "hf_evaluate": True, "aggregation": "mean", "higher_is_better": True}
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"unsafe_code": True}, "runs code that the model writes"),
+        ({"metric_list": [METRIC]}, "takes a metric from the hub"),
+    ],
+)
+def test_no_code_comes_with_a_task(
+    setting: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    definition = {
+        "task": "theirs",
+        "dataset_path": "nobody/knows",
+        "test_split": "test",
+        "output_type": "generate_until",
+    }
+    definition |= {"doc_to_text": "{{text}}", "doc_to_target": ""}
+    (tmp_path / "theirs.yaml").write_text(json.dumps(definition | setting))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr(tasks, "_all_tasks", lambda: manager)
+    hub_with(monkeypatch, {"test": [{"text": LAST_WORD}]})
+    with pytest.raises(InputError, match=f"the task theirs {reason}"):
+        prepare_tasks(["theirs"], None)
 
 
 # -- whole runs
