@@ -23,7 +23,8 @@ def build(annotation: Any, value: Any, where: str) -> Any:
     Mappings become dataclasses: the one that `_target_` names, else the annotation itself.
 
     Args:
-        annotation: a dataclass, a protocol, int, float, bool, str, a dict of those, or a union of them with None.
+        annotation: a dataclass, a protocol, int, float, bool, str, a dict or a tuple of those, or a union of them with
+            None.
         where: the node's key in the configuration, for messages; "" for the whole.
 
     Raises:
@@ -37,6 +38,9 @@ def build(annotation: Any, value: Any, where: str) -> Any:
     if typing.get_origin(annotation) is dict and isinstance(value, dict):
         item = typing.get_args(annotation)[1]
         return {str(key): build(item, entry, f"{where}.{key}") for key, entry in value.items()}
+    if typing.get_origin(annotation) is tuple and isinstance(value, list):
+        item = typing.get_args(annotation)[0]
+        return tuple(build(item, entry, f"{where}[{place}]") for place, entry in enumerate(value))
     if isinstance(value, dict) and annotation not in LEAVES:
         target = value.get("_target_")
         cls = _locate(target, where) if target else annotation
@@ -51,7 +55,7 @@ def plain(value: Any) -> Any:
         return {"class": type(value).__name__} | fields
     if isinstance(value, dict):
         return {key: plain(entry) for key, entry in value.items()}
-    return value
+    return list(value) if isinstance(value, tuple) else value
 
 
 def unknown_setting(where: str, key: str, known: list[str]) -> InputError:
@@ -94,7 +98,10 @@ def _leaf(annotation: Any, value: Any, where: str) -> Any:
         return float(value)
     if annotation in LEAVES and type(value) is annotation:
         return value
-    expected = LEAVES.get(annotation, "a mapping that says with _target_ which class to build")
+    compound = (
+        "a list" if typing.get_origin(annotation) is tuple else "a mapping that says with _target_ which class to build"
+    )
+    expected = LEAVES.get(annotation, compound)
     raise InputError(f"{where} must be {expected}, not {json.dumps(value, default=str)}")
 
 

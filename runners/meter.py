@@ -21,6 +21,7 @@ PACKAGES = (
     "safetensors",
     "hydra-core",
     "wandb",
+    "lm-eval",
     "numpy",
     "numba",
     "triton",

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from runners.calibration import encode, ids_hash
-from runners.errors import InputError
-from runners.schema import Text
+from runners.errors import InputError, MissingData
+from runners.schema import Evaluation, Text
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,25 @@ class Windows:
     @property
     def sha256(self) -> str:
         return ids_hash(self.ids)
+
+
+def cut_texts(
+    evaluation: Evaluation, tokenizer: PreTrainedTokenizerBase, length: int, data_root: str | None
+) -> tuple[dict[str, Windows], dict[str, str]]:
+    """All evaluation texts, cut into windows; and why any was skipped, where that is allowed.
+
+    Raises:
+        InputError: as `cut_windows` does.
+    """
+    windows, skipped = {}, {}
+    for name, text in evaluation.texts.items():
+        try:
+            windows[name] = cut_windows(name, text, tokenizer, length, data_root)
+        except MissingData as error:
+            if not evaluation.skip_missing:
+                raise
+            skipped[name] = str(error)
+    return windows, skipped
 
 
 def cut_windows(

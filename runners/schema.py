@@ -106,11 +106,25 @@ class Evaluation:
     """One file of `conf/evaluation/`.
 
     Attributes:
+        texts: what perplexity is measured on.
+        tasks: what zero-shot accuracy is measured on: names of lm-eval, or the bundled task.
+        limit: take only the first so many questions of a task; None: all.
+        skip_missing: skip a text whose data set cannot be had, and say so in the results, where the run would fail. (A
+            task that is not to be had never stops a run.)
         agreement: compare the next-token distribution with the unquantized model's on every text.
     """
 
     texts: dict[str, Text]
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    skip_missing: bool = False
     agreement: bool = True
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1 or null, not {self.limit}")
+        if repeated := [name for name in self.tasks if self.tasks.count(name) > 1]:
+            raise ValueError(f"tasks names {repeated[0]} twice")
 
 
 @dataclass(frozen=True)

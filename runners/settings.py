@@ -19,6 +19,7 @@ from runners.build import build, plain, unknown_setting
 from runners.errors import InputError
 from runners.fingerprint import checkpoint_fingerprint
 from runners.schema import Calibration, Evaluation, Method, Model, Tracker
+from runners.task_data import task_version
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,18 @@ class Settings:
                 # It changes no number, but a run that has only recorded them must not answer for it.
                 identity["warnings"] = self.warnings
         identity = plain(identity)
+        if not self.evaluation.tasks:
+            del identity["evaluation"]["tasks"], identity["evaluation"]["limit"]
+        if not self.evaluation.skip_missing:
+            del identity["evaluation"]["skip_missing"]
         if self.model.folder is not None:
             identity["model"]["path"] = checkpoint_fingerprint(self.model.folder)  # what is in it, not where it lies
         texts = {name: text.dataset for name, text in self.evaluation.texts.items()}
         if self.quantizes:
             texts["calibration"] = self.calibration.dataset
         identity["data"] = {name: dataset.version(self.data_root) for name, dataset in texts.items()}
+        tasks = {f"zero_shot/{name}": task_version(name, self.data_root) for name in self.evaluation.tasks}
+        identity["data"] |= tasks
         return identity
 
     def resolved(self) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from runners.blocks import Resident, Source, decoder_blocks
 from runners.errors import InputError
 from runners.memory import give_back
 from runners.models import Checkpoint, load
+from runners.quantization import replace_weights
+from runners.resume import FinishedBlocks
 from runners.schema import Model
 
 log = logging.getLogger(__name__)
@@ -159,6 +161,19 @@ def open_model(checkpoint: Checkpoint, model: Model, device: torch.device) -> So
         log.info("%s is stored under another name: loading %s as a whole", unknown[0], checkpoint.folder)
         return _Loaded(load(checkpoint, model, device))
     return StreamedModel(checkpoint, shards, _dtype(checkpoint, model, shards), device)
+
+
+def whole_model(checkpoint: Checkpoint, model: Model, device: torch.device, blocks: FinishedBlocks | None) -> Any:
+    """The model in memory as a whole, with the weights of its quantized `blocks` where there are any.
+
+    Raises:
+        InputError: as for `open_model`.
+    """
+    source = Resident(load(checkpoint, model, device))
+    if blocks is not None:
+        for index, block in enumerate(source.blocks):
+            replace_weights(block, blocks.layers(index, str(device)))
+    return source.model
 
 
 def _dtype(checkpoint: Checkpoint, model: Model, shards: Shards) -> torch.dtype:

@@ -1,5 +1,6 @@
 """What a run or a sweep says at its end: the table, what went wrong, and where to look next."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,9 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Group:
     for text in texts:
         name = text.removeprefix("ppl/").replace("_", "_\n")
         columns.append((f"ppl\n{name}", lambda row, text=text: _number(row, text, ".2f")))
+    for key in dict.fromkeys(key for row in rows for key in row if re.fullmatch("zero_shot/.+/acc", key)):
+        name = key.split("/")[1].removesuffix("_openai").removeprefix("stdlib_").replace("_", "_\n")
+        columns.append((f"acc %\n{name}", lambda row, key=key: _percent(row, key)))
     columns.append(("layer\nerror", lambda row: _number(row, "layers/mean_relative_error", ".2e")))
     columns.append(("seconds", lambda row: _number(row, "quantize/seconds", ".1f")))
     columns.append(("memory", lambda row: _number(row, _memory(row), ".2f", " GB")))
@@ -46,6 +50,10 @@ def _number(row: dict[str, Any], key: str, form: str, unit: str = "") -> str:
         return ""
     untouched = row["method"] == "fp16" and key.startswith(("quantize/", "layers/"))
     return "-" if untouched else f"{value:{form}}{unit}"
+
+
+def _percent(row: dict[str, Any], key: str) -> str:
+    return f"{100 * row[key]:.1f}" if key in row else ""
 
 
 def _memory(row: dict[str, Any]) -> str:
@@ -71,10 +79,18 @@ def _facts(rows: Sequence[dict[str, Any]]) -> list[str]:
         for key, value in row.items()
         if key.startswith("protocol/")
     }
+    questions = {
+        f"{name[1]}: {value} questions"
+        for row in rows
+        for key, value in row.items()
+        if (name := re.fullmatch("zero_shot/(.+)/samples", key))
+    }
     mark = (
         [f"{MARK.strip()} damping was raised in some layers, see layers.csv"] if any(map(_damping_raised, rows)) else []
     )
-    return [*(sorted(models) if len(models) < 2 else []), *sorted(protocols), *mark]
+    skipped = dict.fromkeys(key.removeprefix("skipped/") for row in rows for key in row if key.startswith("skipped/"))
+    missing = [f"not measured: {', '.join(skipped)} (why: skipped/ in metrics.json)"] if skipped else []
+    return [*(sorted(models) if len(models) < 2 else []), *sorted(protocols), *sorted(questions), *mark, *missing]
 
 
 def _damping_raised(row: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from runners.errors import InputError
+from runners.errors import InputError, MissingData
 from runners.fingerprint import fingerprint
 from runners.stdlib import Kind, Part, documents
 
@@ -44,7 +44,8 @@ class HubDataset:
         """The texts of all rows, in order.
 
         Raises:
-            InputError: the data set is in neither place, or a row is not as it should be.
+            MissingData: the data set is not there.
+            InputError: a row is not as it should be.
         """
         if data_root is not None:
             return self._read(self._file(data_root))
@@ -62,7 +63,7 @@ class HubDataset:
 
     def _read(self, file: Path) -> list[str]:
         if not file.is_file():
-            raise InputError(
+            raise MissingData(
                 f"the data set {self.folder} ({self.path}, {self.split}) is not in the data root: there is no {file}. "
                 "Put it there as JSON lines, or leave data_root out to take it from the hub"
             )
@@ -89,7 +90,7 @@ class HubDataset:
             )
             return list(loaded[self.column])
         except Exception as error:  # the hub's client has some twenty ways to say no
-            raise InputError(
+            raise MissingData(
                 f"the data set {self.folder} ({self.path}, {self.split}) cannot be had from the hub "
                 f"({why_not(error)}). Go online, or name a folder that holds {self.folder}/{self.split}.jsonl: "
                 f"data_root=FOLDER or QUANTEASE_DATA_ROOT"
