@@ -13,25 +13,34 @@ from runners.settings import Settings
 
 LAYER_INDEX, BLOCK, SWEEP = "layer_index", "block", "sweep"  # what the curves are drawn against
 LAYER = "layer/"  # + one of LAYER_VALUES, against LAYER_INDEX
-LAYER_VALUES = (
-    "relative_error",
-    "held_out_error",
-    "bits_per_weight",
-    "seconds",
-)  # fields of a record, where it has them
-ERROR_BY_BLOCK = "error_by_block/"  # + the layer's name within its block, against BLOCK: a few readable curves a run
+LAYER_VALUES = ("relative_error", "held_out_error", "bits_per_weight", "seconds")  # those that a record has
+ERROR = "error/"  # + the layer's name in its block, against BLOCK: a few readable curves a run
 CONVERGENCE = "convergence/mean_relative_error"  # over the layers, against SWEEP
 TABLES = ("layers", "sweeps", "windows")  # the run's files, as tables/<name>
 LAYER_ERROR_FIGURE = "figures/layer_error"
+SETTING = "setting"  # in the configuration: the same for runs that differ in their seeds alone, to group by
 CHECKPOINT = "checkpoint/sha256"  # of the quantized checkpoint, a key of metrics.json
 
 
-def layer_values(record: LayerRecord, index: int) -> dict[str, float]:
-    """What is logged when a layer is finished: the points of its curves, and what they are drawn against."""
-    values = {LAYER + name: getattr(record, name, None) for name in LAYER_VALUES}
-    values[ERROR_BY_BLOCK + record.layer.replace(".", "_")] = record.relative_error
-    points = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-    return {LAYER_INDEX: float(index), BLOCK: float(record.block)} | points
+class Curves:
+    """The points of the curves of one run, a layer after the other."""
+
+    def __init__(self) -> None:
+        self._layers = 0
+        self._names: dict[str, str] = {}  # of curves: the layer of the block that each shows
+
+    def points(self, record: LayerRecord) -> dict[str, float]:
+        """What is logged when a layer is finished: its values, and what they are drawn against."""
+        values = {LAYER + name: getattr(record, name, None) for name in LAYER_VALUES}
+        values[ERROR + self._curve(record.layer)] = record.relative_error
+        points = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        self._layers += 1
+        return {LAYER_INDEX: float(self._layers - 1), BLOCK: float(record.block)} | points
+
+    def _curve(self, layer: str) -> str:
+        """The layer's last name, or all its names where a block has two of that one (c_proj of GPT-2)."""
+        last = layer.rpartition(".")[2]
+        return last if self._names.setdefault(last, layer) == layer else layer.replace(".", "_")
 
 
 def tables(folder: Path, status: str, records: list[LayerRecord]) -> dict[str, pd.DataFrame]:
@@ -56,14 +65,20 @@ def convergence(sweeps: pd.DataFrame) -> dict[int, float]:
     return {sweep: sum(values) / len(values) for sweep, values in sorted(errors.items())}
 
 
-def title(settings: Settings) -> str:
-    """A name by which a person tells the runs of a study apart; the digest tells apart those that differ elsewhere."""
+def describe(settings: Settings) -> str:
+    """The method and its grid, in the words by which a person tells the runs of a study apart."""
     words = [settings.method.name]
     if settings.quantizes:
         words += [f"{settings.bits}b", f"g{settings.group_size}" if settings.group_size else "per-channel"]
         words += ["symmetric"] * settings.symmetric + ["mse"] * (settings.grid_range == "mse")
-        words += ["act-order"] * settings.act_order + [f"s{settings.seed}"]
-    return f"{' '.join(words)} {settings.model.name} · {settings.digest}"
+        words += ["act-order"] * settings.act_order
+    return " ".join(words)
+
+
+def title(settings: Settings) -> str:
+    """The name of a run; the digest tells apart those that differ elsewhere."""
+    seed = f" s{settings.seed}" if settings.quantizes else ""
+    return f"{describe(settings)}{seed} {settings.model.name} · {settings.digest}"
 
 
 def run_id(run_name: str, study: str) -> str:
@@ -81,8 +96,8 @@ def tags(settings: Settings) -> list[str]:
 
 
 def config(settings: Settings) -> dict[str, Any]:
-    """Every setting: what runs are grouped by (`bits`, `group_size`, `seed`, ...) at the top, `method` by its `name`."""
-    return settings.resolved() | {"job_type": job_type(settings)}
+    """Every setting: `bits`, `group_size`, `seed` and so on at the top, the method as `method.name`; and `SETTING`."""
+    return settings.resolved() | {SETTING: f"{describe(settings)} {settings.model.name} · {settings.series}"}
 
 
 def job_type(settings: Settings) -> str:

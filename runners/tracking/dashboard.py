@@ -26,20 +26,20 @@ class TrackioTracker:
         if store != TRACKIO_DIR:
             raise ValueError(f"trackio already writes to {TRACKIO_DIR}: a process can have one results folder")
         self._folder = folder
-        self._layers = 0
+        self._curves = content.Curves()
         self.where: str | None = f"TRACKIO_DIR={store} trackio show --project {settings.study}"
         self._run = _start(settings)
 
     def layer(self, record: LayerRecord) -> None:
         """A point of each curve."""
-        self._run.log(content.layer_values(record, self._layers))
-        self._layers += 1
+        self._run.log(self._curves.points(record))
 
     def finish(self, metrics: dict[str, Any], records: list[LayerRecord]) -> None:
         """The numbers of `metrics.json`, what it says in words as a table, the run's tables, and its figure."""
         import trackio
 
-        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+        settings = {key for key in metrics if key in self._run.config}  # in the table of runs, not in a chart
+        numbers = {key: metrics[key] for key in metrics.keys() - settings if isinstance(metrics[key], int | float)}
         words = [[key, value] for key, value in metrics.items() if isinstance(value, str)]
         tables = content.tables(self._folder, metrics["status"], records)
         if "sweeps" in tables:

@@ -26,20 +26,19 @@ class WandbTracker:
     def __init__(self, run: Any, folder: Path, settings: Settings) -> None:
         self._run = run
         self._folder = folder
-        self._layers = 0
+        self._curves = content.Curves()
         self._exit_code = 1  # until the run is known to have gone well
         offline = run.settings.mode == "offline"
         self.where: str | None = f"wandb leet {settings.study_folder / 'wandb'}" if offline else run.url
         for step in (content.LAYER_INDEX, content.BLOCK, content.SWEEP):
             run.define_metric(step, hidden=True)
         run.define_metric(content.LAYER + "*", step_metric=content.LAYER_INDEX)
-        run.define_metric(content.ERROR_BY_BLOCK + "*", step_metric=content.BLOCK)
+        run.define_metric(content.ERROR + "*", step_metric=content.BLOCK)
         run.define_metric(content.CONVERGENCE, step_metric=content.SWEEP)
 
     def layer(self, record: LayerRecord) -> None:
         """A point of each curve."""
-        self._run.log(content.layer_values(record, self._layers))
-        self._layers += 1
+        self._run.log(self._curves.points(record))
 
     def finish(self, metrics: dict[str, Any], records: list[LayerRecord]) -> None:
         """`metrics.json` as the run's summary, its tables, and its figure."""
