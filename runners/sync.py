@@ -80,7 +80,7 @@ def send(study: Path, folders: list[Path]) -> list[Path]:
         raise InputError(f"WANDB_MODE={os.environ['WANDB_MODE']} keeps W&B from sending anything: unset it")
     if not logged_in():
         raise InputError("W&B does not know who you are: run wandb login, or set WANDB_API_KEY")
-    environment = os.environ | {"WANDB_DATA_DIR": data_folder(study)}
+    environment = os.environ | {"WANDB_DATA_DIR": data_folder(study), "WANDB_DIR": str(study)}
     subprocess.run([*WANDB, "sync", "-n", str(AT_ONCE), *map(str, folders)], env=environment, check=False)
     return [folder for folder in folders if not is_synced(folder)]
 
