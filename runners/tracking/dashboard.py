@@ -38,8 +38,10 @@ class TrackioTracker:
         """The numbers of `metrics.json`, what it says in words as a table, the run's tables, and its figure."""
         import trackio
 
-        settings = {key for key in metrics if key in self._run.config}  # in the table of runs, not in a chart
-        numbers = {key: metrics[key] for key in metrics.keys() - settings if isinstance(metrics[key], int | float)}
+        shown = {
+            key: value for key, value in metrics.items() if key not in self._run.config
+        }  # those, its table of runs has
+        numbers = {key: value for key, value in shown.items() if isinstance(value, int | float)}
         words = [[key, value] for key, value in metrics.items() if isinstance(value, str)]
         tables = content.tables(self._folder, metrics["status"], records)
         if "sweeps" in tables:
