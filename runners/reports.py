@@ -106,7 +106,7 @@ def workspace(study: str, entity: str, project: str, names: list[str]) -> Any:
         sections=[ws.Section(name=name, panels=panels, is_open=True) for name, panels in sections(names).items()],
         settings=ws.WorkspaceSettings(max_runs=MAX_RUNS),
         runset_settings=ws.RunsetSettings(
-            filters=[expr.Metric("Group") == study],
+            filters=expr.And(expr.Metric("Group") == study),
             order=[expr.Ordering(expr.Metric("Name"), ascending=True)],
             pinned_columns=["run:displayName", "run:state", *(f"summary:{name}" for name in [*perplexities, *COLUMNS])],
         ),
