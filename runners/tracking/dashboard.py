@@ -38,10 +38,9 @@ class TrackioTracker:
         """The numbers of `metrics.json`, what it says in words as a table, the run's tables, and its figure."""
         import trackio
 
-        shown = {
-            key: value for key, value in metrics.items() if key not in self._run.config
-        }  # those, its table of runs has
-        numbers = {key: value for key, value in shown.items() if isinstance(value, int | float)}
+        # Settings are in its table of runs; as charts they would only be in the way.
+        measured = {key: value for key, value in metrics.items() if key not in self._run.config}
+        numbers = {key: value for key, value in measured.items() if isinstance(value, int | float)}
         words = [[key, value] for key, value in metrics.items() if isinstance(value, str)]
         tables = content.tables(self._folder, metrics["status"], records)
         if "sweeps" in tables:
