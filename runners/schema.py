@@ -1,6 +1,7 @@
 """The groups of the configuration: what a file of each folder of `conf/` says."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from quantease.layer import LayerSolver
@@ -132,8 +133,10 @@ class Tracker:
     """One file of `conf/tracker/`.
 
     Attributes:
-        name: `wandb` or `none`.
-        mode: `online`, `offline`, or None: online when logged in, else offline into the run's folder.
+        name: `wandb`, `trackio` or `none`.
+        project: of W&B; trackio's projects are the studies.
+        entity: the user or team of W&B that owns the project; None: the user's default.
+        mode: of W&B: `online`, `offline`, or None: online when logged in, else offline into the study's folder.
     """
 
     name: str
@@ -142,7 +145,11 @@ class Tracker:
     mode: str | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in ("wandb", "none"):
-            raise ValueError(f"name must be wandb or none, not {self.name}")
+        if self.name not in ("wandb", "trackio", "none"):
+            raise ValueError(f"name must be wandb, trackio or none, not {self.name}")
+        if self.name == "trackio" and find_spec("trackio") is None:
+            raise ValueError(
+                'name=trackio needs a package that is not installed: pip install "quantease-bench[dashboard]"'
+            )
         if self.mode not in (None, "online", "offline"):
             raise ValueError(f"mode must be online, offline or null, not {self.mode}")

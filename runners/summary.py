@@ -124,7 +124,7 @@ def failure_text(row: dict[str, Any]) -> str:
 
 def next_steps(row: dict[str, Any]) -> str:
     """Where the results of a run lie, and what to try next."""
-    tracked = f"\nW&B       {row['tracker']}" if row["tracker"] else ""
+    tracked = f"\ntracked   {row['tracker']}" if row["tracker"] else ""
     return f"""
 results   {row["folder"]}{tracked}
 

@@ -37,7 +37,8 @@ def test_the_oldest_goes_first_and_the_size_is_bounded(tmp_path: Path) -> None:
     for number in range(4):  # each takes a little more than 4,000 bytes
         put(cache, number)
         for file in tmp_path.glob("*.safetensors"):  # the clock is coarser than the loop
-            os.utime(file, ns=(file.stat().st_mtime_ns - 10**9,) * 2)
+            before = file.stat().st_mtime_ns - 10**9
+            os.utime(file, ns=(before, before))
     found = [cache.get({"number": number}, "cpu") is not None for number in range(4)]
     assert found == [False, False, True, True]
     assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) < 10_000

@@ -1,0 +1,77 @@
+"""trackio: a dashboard in the browser without an account; every study is a project of one local store, `results/trackio/`.
+
+Only the store is written, and no server is asked: not even for the user's name, as `trackio.init` does.
+"""
+
+import io
+import os
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+from runners.records import LayerRecord
+from runners.settings import Settings
+from runners.tracking import content
+from runners.tracking.figures import layer_error_figure, pixels
+
+
+class TrackioTracker:
+    """Tells one run of trackio's."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        store = (Path(settings.results) / "trackio").absolute()
+        os.environ["TRACKIO_DIR"] = str(store)  # read once, when trackio is imported
+        from trackio.utils import TRACKIO_DIR
+
+        if store != TRACKIO_DIR:
+            raise ValueError(f"trackio already writes to {TRACKIO_DIR}: a process can have one results folder")
+        self._folder = folder
+        self._curves = content.Curves()
+        self.where: str | None = f"TRACKIO_DIR={store} trackio show --project {settings.study}"
+        self._run = _start(settings)
+
+    def layer(self, record: LayerRecord) -> None:
+        """A point of each curve."""
+        self._run.log(self._curves.points(record))
+
+    def finish(self, metrics: dict[str, Any], records: list[LayerRecord]) -> None:
+        """The numbers of `metrics.json`, what it says in words as a table, the run's tables, and its figure."""
+        import trackio
+
+        # Settings are in its table of runs; as charts they would only be in the way.
+        measured = {key: value for key, value in metrics.items() if key not in self._run.config}
+        numbers = {key: value for key, value in measured.items() if isinstance(value, int | float)}
+        words = [[key, value] for key, value in metrics.items() if isinstance(value, str)]
+        tables = content.tables(self._folder, metrics["status"], records)
+        if "sweeps" in tables:
+            for sweep, error in content.convergence(tables["sweeps"]).items():
+                self._run.log({content.SWEEP: sweep, content.CONVERGENCE: error})
+        media: dict[str, Any] = {
+            f"tables/{name}": trackio.Table(list(table), table.to_numpy().tolist()) for name, table in tables.items()
+        }
+        media["tables/labels"] = trackio.Table(["name", "value"], words)
+        if records:
+            media[content.LAYER_ERROR_FIGURE] = trackio.Image(pixels(layer_error_figure(records)))
+        self._run.log(numbers | media)
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        with redirect_stdout(io.StringIO()):
+            self._run.finish()
+
+
+def _start(settings: Settings) -> Any:
+    import trackio
+    from trackio.run import Run
+
+    class LocalRun(Run):
+        """`trackio.init` without its messages, and without asking the model hub who the user is."""
+
+        def _get_username(self) -> None:
+            return None
+
+    name = content.title(settings)
+    with suppress(ValueError):  # the study has no run yet
+        for earlier in [run for run in trackio.Api().runs(settings.study) if run.name == name]:
+            earlier.delete()  # run again, it replaces what it was
+    return LocalRun(None, settings.study, None, name, group=settings.model.name, config=content.config(settings))
