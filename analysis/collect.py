@@ -116,19 +116,25 @@ def _written(entry: Any) -> str:
 
 
 def _refuse_mixtures(frame: pd.DataFrame) -> None:
-    """Numbers of one column must be of one text under one protocol (for each model: tokenizers differ)."""
+    """Numbers of one column must be of one protocol and, for each model (tokenizers differ), of one text."""
     inputs = sorted(set(frame[CHOSEN].dropna()))
     if len(inputs) > 1:
         choices = " or ".join(f"{CHOSEN}={value}" for value in inputs)
         raise ValueError(f"the runs mix {CHOSEN}: {', '.join(inputs)}. Choose by {choices}")
     for column in frame.columns:
         kind, _, text = column.partition("/")
-        if kind not in ("protocol", "sha256"):
-            continue
-        for model, values in frame.groupby("model")[column]:
-            different = sorted(set(values.dropna()))
-            if len(different) > 1:
-                what = "protocols" if kind == "protocol" else "texts (another Python, or other data)"
-                raise ValueError(
-                    f"the runs of {model} on {text} mix {what}: {', '.join(different)}. Choose by {column}=..."
+        if kind == "protocol":
+            _refuse(list(frame[column].dropna()), column, f"the runs on {text} mix protocols")
+        elif kind == "sha256":
+            for model, runs in frame.groupby("model"):
+                _refuse(
+                    list(runs[column].dropna()),
+                    column,
+                    f"the runs of {model} on {text} mix texts (another Python, or other data)",
                 )
+
+
+def _refuse(values: list[str], column: str, what: str) -> None:
+    different = sorted(set(values))
+    if len(different) > 1:
+        raise ValueError(f"{what}: {', '.join(different)}. Choose by {column}=...")

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Hashable
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,16 @@ LABELS = ("parameters", "seed", "bits", "group_size")  # numbers that tell runs 
 SHOWN = ("method", "calibration", "evaluation", "model", "scale_bits")  # where settings may differ within one cell
 
 
-def summarize(frame: pd.DataFrame) -> pd.DataFrame:
+Row = dict[Any, Any]
+
+
+def summarize(frame: pd.DataFrame) -> list[Row]:
     """One row a series of runs that are done, in the order of a table: models by family and size, full precision first.
 
-    Columns: series, model, family, parameters, method, label (the method's name, and whatever sets it apart from another
-    series of the same cell), bits (None for full precision), group_size, grid (in words), seeds (how many), folders,
-    damping_raised, text labels as the first run has them, and every measured number as its mean, beside it `<name> sd`.
+    A row has: series, model, family, parameters, method, label (the method's name, and whatever sets it apart from
+    another series of the same cell), bits (None for full precision), group_size, grid (in words), seeds (how many),
+    folders, damping_raised, rank (among those of its model), the first run's labels that are words, and every measured
+    number as its mean over the seeds, beside it `<name> sd`.
 
     Raises:
         ValueError: no run is done.
@@ -46,8 +50,10 @@ def summarize(frame: pd.DataFrame) -> pd.DataFrame:
     sizes = _sizes(done)
     rows = [_row(runs, sizes) for _, runs in done.groupby("series", sort=False)]
     _tell_apart(rows)
-    rows.sort(key=_place)
-    return pd.DataFrame(rows)
+    for row in rows:
+        row["rank"] = _rank(row)
+    rows.sort(key=lambda row: (row["family"], _size(row), row["model"], row["rank"]))
+    return rows
 
 
 def counts(frame: pd.DataFrame) -> str:
@@ -55,7 +61,12 @@ def counts(frame: pd.DataFrame) -> str:
     return ", ".join(f"{count} {status}" for status, count in frame["status"].value_counts().items())
 
 
-def grid_words(first: dict[Hashable, Any]) -> str:
+def protocol(rows: list[Row], text: str) -> str:
+    """The protocol of a text's perplexity; one for all rows (`collect` refuses others)."""
+    return next((row[f"protocol/{text}"] for row in rows if f"protocol/{text}" in row), "unknown")
+
+
+def grid_words(first: Row) -> str:
     """The grid of a run in words, without its bits; nothing for full precision."""
     if first["method"] == REFERENCE:
         return ""
@@ -68,10 +79,10 @@ def grid_words(first: dict[Hashable, Any]) -> str:
     return " ".join(word for word in words if word)
 
 
-def _row(runs: pd.DataFrame, sizes: dict[str, float]) -> dict[Hashable, Any]:
+def _row(runs: pd.DataFrame, sizes: dict[str, float]) -> Row:
     first = runs.iloc[0].dropna().to_dict()
     model, method = first["model"], first["method"]
-    row: dict[Hashable, Any] = {
+    row: Row = {
         **{name: value for name, value in first.items() if isinstance(value, str | bool)},
         "family": re.sub(r"-?\d+(\.\d+)?[mb]\d*$", "", model),  # opt-1.3b: opt; llama-2-7b: llama-2; bloom-1b7: bloom
         "parameters": sizes.get(model, math.nan),
@@ -83,26 +94,33 @@ def _row(runs: pd.DataFrame, sizes: dict[str, float]) -> dict[Hashable, Any]:
         "folders": list(runs["folder"]),
     }
     measured = runs.select_dtypes("number").drop(columns=list(LABELS), errors="ignore").dropna(axis=1, how="all")
-    row |= measured.mean().to_dict() | {f"{name}{SD}": value for name, value in measured.std().items()}
+    for name in measured.columns:
+        values = [value for value in measured[name] if not math.isnan(value)]
+        row[name] = statistics.fmean(values)
+        row[f"{name}{SD}"] = statistics.stdev(values) if len(values) > 1 else math.nan
     return row | {"damping_raised": bool(row.get("warnings/damping_raised", 0) > 0)}
 
 
 def _sizes(done: pd.DataFrame) -> dict[str, float]:
-    return done.groupby("model")["parameters"].max().to_dict() if "parameters" in done else {}
+    pairs = zip(done["model"], done["parameters"], strict=True) if "parameters" in done else ()
+    return {model: size for model, size in pairs if size == size}
 
 
-def _place(row: dict[Hashable, Any]) -> tuple[Any, ...]:
-    """Where a row stands: model, full precision, bits downwards, grid, method."""
+def _size(row: Row) -> float:
+    return -1.0 if math.isnan(row["parameters"]) else row["parameters"]
+
+
+def _rank(row: Row) -> tuple[Any, ...]:
+    """Where a row stands among those of its model: full precision, bits downwards, grid, method."""
     method, group = row["method"], row["group_size"]
-    rank = ORDER.index(method) if method in ORDER else len(ORDER)
+    known = ORDER.index(method) if method in ORDER else len(ORDER)
     grid = (row["grid"] == OWN_GRID, -(group or math.inf), row["grid"])
-    size = -1.0 if math.isnan(row["parameters"]) else row["parameters"]
-    return row["family"], size, row["model"], method != REFERENCE, -(row["bits"] or 0), *grid, rank, method, row["label"]
+    return method != REFERENCE, -(row["bits"] or 0), *grid, known, method, row["label"]
 
 
-def _tell_apart(rows: list[dict[Hashable, Any]]) -> None:
+def _tell_apart(rows: list[Row]) -> None:
     """Give series that would share a cell of a table the settings in which they differ: quantease sweeps=10."""
-    cells: dict[tuple[Any, ...], list[dict[Hashable, Any]]] = {}
+    cells: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         cells.setdefault((row["model"], row["method"], row["bits"], row["grid"]), []).append(row)
     for cell in cells.values():

@@ -14,17 +14,48 @@ draws are spread by both factors: Hesterberg, "What teachers should know about t
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri, stdtrit
 
 LEVEL = 0.95
 RESAMPLES = 10_000
 
 Floats = NDArray[np.float64]
-Losses = Mapping[int, Floats]  # of each seed: the mean negative log-likelihood of a token, in nats, window by window
+
+
+class Losses:
+    """The mean negative log-likelihood of a token, in nats, of every seed and window of a text.
+
+    Args:
+        by_seed: of each seed, its windows in order.
+
+    Raises:
+        ValueError: there are no windows, or not the same number for all seeds.
+    """
+
+    def __init__(self, by_seed: Mapping[int, ArrayLike]) -> None:
+        self.seeds = sorted(by_seed)
+        rows = [np.asarray(by_seed[seed], dtype=float) for seed in self.seeds]
+        if not rows or not rows[0].size or len({row.shape for row in rows}) > 1:
+            raise ValueError(f"seeds must have the same windows, not {[row.size for row in rows]} of them")
+        self.nll = np.stack(rows)  # (seeds, windows)
+
+    @cached_property
+    def drawn(self) -> Floats:
+        """The mean loss in every resample of windows and seeds, (resamples,)."""
+        return self._drawn("seeds")
+
+    @cached_property
+    def drawn_apart(self) -> Floats:
+        """The same with the same windows and other draws of the seeds, for pairs that do not share them."""
+        return self._drawn("other seeds")
+
+    def _drawn(self, what: str) -> Floats:
+        seeds, windows = self.nll.shape
+        return ((_draws(windows, "windows") @ self.nll.T) * _draws(seeds, what)).sum(axis=1)
 
 
 @dataclass(frozen=True)
@@ -35,42 +66,36 @@ class Ratio:
     low: float
     high: float
 
+    def inverse(self) -> "Ratio":
+        """The second over the first."""
+        return Ratio(1 / self.value, 1 / self.high, 1 / self.low)
+
     def __str__(self) -> str:
         return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
 
-def perplexity_ratio(first: Losses, second: Losses, resamples: int = RESAMPLES) -> Ratio:
+def perplexity_ratio(first: Losses, second: Losses) -> Ratio:
     """The perplexity of `first` over that of `second`, with its paired bootstrap interval (repeatable: seeded).
 
     Raises:
-        ValueError: the two do not have the same number of windows, or none.
+        ValueError: the two do not have the same number of windows.
     """
-    a, b = _matrix(first), _matrix(second)
-    if a.shape[1] != b.shape[1] or not a.size:
-        raise ValueError(f"the losses of {a.shape[1]} and of {b.shape[1]} windows cannot be paired")
-    windows = _draws(a.shape[1], resamples, "windows")
-    seeds_a = _draws(len(a), resamples, "seeds")
-    seeds_b = seeds_a if first.keys() == second.keys() else _draws(len(b), resamples, "other seeds")
-    drawn = ((seeds_a @ a - seeds_b @ b) * windows).sum(axis=1)  # (resamples,)
+    counts = first.nll.shape[1], second.nll.shape[1]
+    if counts[0] != counts[1]:
+        raise ValueError(f"the losses of {counts[0]} and of {counts[1]} windows cannot be paired")
+    drawn = first.drawn - (second.drawn if first.seeds == second.seeds else second.drawn_apart)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Ratio(float(np.exp(a.mean() - b.mean())), float(np.exp(low)), float(np.exp(high)))
-
-
-def _matrix(losses: Losses) -> Floats:
-    """Losses as (seeds, windows), seeds in order."""
-    rows = [np.asarray(losses[seed], dtype=float) for seed in sorted(losses)]
-    if len({len(row) for row in rows}) > 1:
-        raise ValueError("the seeds of one series do not have the same number of windows")
-    return np.stack(rows) if rows else np.zeros((0, 0))
+    mean = first.nll.mean() - second.nll.mean()
+    return Ratio(float(np.exp(mean)), float(np.exp(low)), float(np.exp(high)))
 
 
 @lru_cache(maxsize=16)
-def _draws(count: int, resamples: int, what: str) -> Floats:
-    """The weight of each of `count` things in every resample, (resamples, count); the rows sum to 1."""
+def _draws(count: int, what: str) -> Floats:
+    """The weight of each of `count` things in every resample, (RESAMPLES, count); the rows sum to 1."""
     if count == 1:
-        return np.ones((resamples, 1))
+        return np.ones((RESAMPLES, 1))
     generator = np.random.default_rng([count, *what.encode()])
-    weights = generator.multinomial(count, np.full(count, 1 / count), resamples) / count
+    weights = generator.multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
     if what == "windows":  # there are enough
         return weights
     widened = np.sqrt(count / (count - 1)) * stdtrit(count - 1, (1 + LEVEL) / 2) / ndtri((1 + LEVEL) / 2)

@@ -1,15 +1,14 @@
 """The table of a study: full precision first, then method by method at each number of bits."""
 
 import math
-from typing import Any
 
 import pandas as pd
 
 from analysis.collect import REFERENCE
 from analysis.intervals import BOLD_NOTE, losses, pairs, winners
-from analysis.series import SD, counts, summarize
+from analysis.series import SD, Row, counts, summarize
 
-__all__ = ["comparison", "counts", "markdown", "spread"]
+__all__ = ["comparison", "counts", "lines", "markdown", "notes", "spread"]
 
 RAISED = " †"  # after the name of a method that had to raise its damping in some layer
 RAISED_NOTE = "† damping was raised in some layers because the factorization failed: see their layers.csv"
@@ -20,23 +19,28 @@ LAYER_ERRORS = {
 
 
 def comparison(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a series of runs that differ only in their seed: mean ± standard deviation of what is done, as text.
-
-    Perplexities (bold as BOLD_NOTE says), relative layer error on the calibration data and, where it was measured, on
-    held-out data, and bits per weight; the number of seeds where it is not the same for all.
+    """The table of a study (see `table_of`), from its runs.
 
     Raises:
         ValueError: no run is done.
     """
     summary = summarize(frame)
-    bold = winners(pairs(summary, losses(frame)))
-    table = pd.DataFrame([_row(row, bold) for row in summary.to_dict("records")])
-    if summary.loc[summary["bits"].notna(), "seeds"].nunique() < 2:  # the unquantized model has neither
+    return table_of(summary, winners(pairs(summary, losses(frame))))
+
+
+def table_of(summary: list[Row], bold: set[tuple[str, str]]) -> pd.DataFrame:
+    """One row a series of runs that differ only in their seed: mean ± standard deviation of what is done, as text.
+
+    Perplexities (bold as BOLD_NOTE says), relative layer error on the calibration data and, where it was measured, on
+    held-out data, and bits per weight; the number of seeds where it is not the same for all.
+    """
+    table = pd.DataFrame([_row(row, bold) for row in summary])
+    if len({row["seeds"] for row in summary if row["bits"] is not None}) < 2:  # the unquantized model has neither
         del table["seeds"]
     return table
 
 
-def _row(row: dict[Any, Any], bold: set[tuple[str, str]]) -> dict[str, str]:
+def _row(row: Row, bold: set[tuple[str, str]]) -> dict[str, str]:
     quantized = row["method"] != REFERENCE
     cells = {
         "model": row["model"],
@@ -54,7 +58,7 @@ def _row(row: dict[Any, Any], bold: set[tuple[str, str]]) -> dict[str, str]:
     return cells | {"seeds": f"{row['seeds']}"}
 
 
-def spread(row: dict[Any, Any], metric: str, digits: int, scale: float = 1.0) -> str:
+def spread(row: Row, metric: str, digits: int, scale: float = 1.0) -> str:
     """The mean and, of more than one seed, the (sample) standard deviation; nothing where there is no value."""
     mean, deviation = row.get(metric, math.nan) * scale, row.get(f"{metric}{SD}", math.nan) * scale
     if math.isnan(mean):
@@ -63,11 +67,16 @@ def spread(row: dict[Any, Any], metric: str, digits: int, scale: float = 1.0) ->
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table in GitHub's Markdown, numbers to the right, and notes on its marks."""
-    words = ("model", "method", "grid", "text")
-    align = ["left" if name in words else "right" for name in table.columns]
-    lines = [table.to_markdown(index=False, disable_numparse=True, colalign=align), *notes(table)]
-    return "\n\n".join(lines)
+    """A table in GitHub's Markdown, and notes on its marks."""
+    return "\n\n".join([lines(table), *notes(table)])
+
+
+def lines(table: pd.DataFrame) -> str:
+    """The lines of a table of words in GitHub's Markdown, numbers to the right."""
+    if table.empty:
+        return ""
+    align = ["left" if name in ("model", "method", "grid") else "right" for name in table.columns]
+    return table.to_markdown(index=False, disable_numparse=True, colalign=align)
 
 
 def notes(table: pd.DataFrame) -> list[str]:
