@@ -6,7 +6,7 @@ python -m analysis [STUDY] COLUMN=VALUE ...        prints the table of the runs 
 python -m analysis report [STUDY] COLUMN=VALUE ... regenerates the report from these runs alone
 python -m analysis compare RUN RUN                 the ratio of two runs' perplexities, with its paired bootstrap interval
 
-STUDY is a folder, or its name in results/; RUN is a run's folder, or its digest.
+STUDY is a folder, or its name in results/; RUN is a run's folder, or its name or digest if that is the only one in results/.
 """
 
 import sys
@@ -64,9 +64,9 @@ def _run(word: str) -> Path:
     """A run's folder, by its path or its digest."""
     if Path(word).is_dir():
         return Path(word)
-    found = sorted(RESULTS.glob(f"*/*/*-{word}")) if word.isalnum() else []
+    found = [folder for folder in sorted(RESULTS.glob("*/*/*-*")) if word in (folder.name, folder.name.split("-")[-1])]
     if len(found) != 1:
-        what = f"the digest of {len(found)} runs: {', '.join(map(str, found))}" if found else "no run in results/"
+        what = f"the name of {len(found)} runs: {', '.join(map(str, found))}" if found else "no run in results/"
         raise ValueError(f"{word} is {what}. Name a run's folder")
     return found[0]
 

@@ -66,7 +66,7 @@ def _closer(axis: Axes, rows: list[Row], metric: str) -> None:
     axis.set_title(f"the same, closer: up to {NEAR:g} times the lowest")
     axis.set_ylim(0.985 * floor, NEAR * floor)
     if near:
-        axis.set_xlim(min(near) - 0.2, max(near) + 0.3)
+        axis.set_xlim(min(near) - 0.2, max(near) + 0.4)
 
 
 @styled
@@ -87,7 +87,9 @@ def zero_shot(summary: list[Row]) -> Figure:
             metrics.setdefault(task, name)
     if not metrics:
         raise LeftOut("no run has zero-shot accuracies.")
-    return _by_size(summary, list(metrics.values()), lambda metric: " ".join(metric.split("/")[1:]), log=False)
+    return _by_size(
+        summary, list(metrics.values()), lambda metric: "accuracy on {1} ({2})".format(*metric.split("/")), log=False
+    )
 
 
 @styled
@@ -115,7 +117,9 @@ def _by_size(summary: list[Row], metrics: list[str], name: Callable[[str], str],
     figure, axes = panels(len(metrics), max(len(bits), 1))
     for line, metric in zip(axes, metrics, strict=True):
         for axis, number in zip(line, bits or [None], strict=True):
-            _lines(axis, [row for row in summary if row["bits"] in (number, None)], metric, look)
+            shown = having([row for row in summary if row["bits"] in (number, None)], metric)
+            _lines(axis, shown, metric, look)
+            _name_families(axis, shown, metric)
             log_axis(axis, "x")
             if log:
                 log_axis(axis, "y")
@@ -133,6 +137,17 @@ def _lines(axis: Axes, rows: list[Row], metric: str, look: Look) -> None:
         hollow = is_hollow(line[0]["grid"]) or line[0]["method"] == REFERENCE
         _series(
             axis, sorted(line, key=lambda row: row["parameters"]), "parameters", metric, look, "--" if hollow else "-"
+        )
+
+
+def _name_families(axis: Axes, rows: list[Row], metric: str) -> None:
+    """Write each family's name above its largest model, where there are several families."""
+    families = dict.fromkeys(row["family"] for row in rows)
+    for family in families if len(families) > 1 else ():
+        members = [row for row in rows if row["family"] == family]
+        top = max(members, key=lambda row: (row["parameters"], row[metric]))
+        axis.annotate(
+            family, (top["parameters"], top[metric]), (0, 6), textcoords="offset points", fontsize=7, ha="center"
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from analysis.collect import REFERENCE
 from analysis.figures import LeftOut
@@ -46,7 +47,7 @@ def layer_errors(summary: list[Row], layers: pd.DataFrame, model: str) -> Figure
     extra = [key("on the calibration data"), key("on held-out data", linestyle=":")] if held_out else []
     xlabel = "block (within it: its linear layers in the order in which they are quantized)"
     kept = [row for row in rows if row["series"] in means]
-    return _panels(kept, draw, f"{model}: relative error by layer, mean over seeds", xlabel, extra)
+    return _panels(kept, draw, xlabel, extra)
 
 
 @styled
@@ -63,10 +64,10 @@ def sweep_errors(summary: list[Row], sweeps: pd.DataFrame, model: str) -> Figure
         color, marker = look[row["label"]]
         axis.plot(list(mean.index), list(mean), color=color, marker=marker, markersize=3, linewidth=1.2)
 
-    return _panels(rows, draw, f"{model}: relative error by sweep, mean over layers and seeds", "sweep", [])
+    return _panels(rows, draw, "sweep", [])
 
 
-def _panels(rows: list[Row], draw: Callable[[Axes, Row, Look], None], title: str, xlabel: str, extra: list) -> Figure:
+def _panels(rows: list[Row], draw: Callable[[Axes, Row, Look], None], xlabel: str, extra: list[Line2D]) -> Figure:
     """A grid of panels, bits by grid, with `draw` called for every series; logarithmic errors."""
     bits = sorted({row["bits"] for row in rows}, reverse=True)
     grids = list(dict.fromkeys(row["grid"] for row in sorted(rows, key=lambda row: row["rank"])))
@@ -77,11 +78,10 @@ def _panels(rows: list[Row], draw: Callable[[Axes, Row, Look], None], title: str
             members = [row for row in rows if row["bits"] == number and row["grid"] == grid]
             for row in members:
                 draw(axis, row, look)
-            axis.set_title(f"{number} bits, {'a grid of its own' if grid == OWN_GRID else grid}")
+            axis.set_title(f"{rows[0]['model']}, {number} bits, {'a grid of its own' if grid == OWN_GRID else grid}")
             log_axis(axis, "y")
             if not members:
                 axis.set_visible(False)
-    figure.suptitle(title, fontsize=10)
     figure.supxlabel(xlabel, fontsize=9)
     figure.supylabel(f"relative error, {ERROR}", fontsize=9)
     legend(figure, look, extra)

@@ -24,7 +24,8 @@ th, td { padding: .15rem .7rem; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid #555; } tbody tr:nth-child(even) { background: #f5f5f5; }
 .l { text-align: left; } .w { white-space: normal; max-width: 40rem; }
 tr.first td { border-top: 1px solid #bbb; }
-td a { color: inherit; text-decoration-color: #aaa; } sup a { color: #666; text-decoration: none; margin-left: .15em; }
+td a { color: inherit; text-decoration-color: #aaa; } sup { line-height: 0; }
+sup a { color: #666; text-decoration: none; margin-left: .15em; }
 .published { color: #666; font-size: 12px; } .note { color: #555; font-size: 13px; max-width: 60rem; }
 figure { margin: 1.5rem 0; } figcaption { color: #555; } img { max-width: 100%; height: auto; }
 """

@@ -79,18 +79,16 @@ def _drawings(frame: pd.DataFrame, summary: list[Row]) -> Iterator[tuple[str, st
     """Every figure: its file, its caption, and how to draw it."""
     layers, sweeps = rows_of(frame, "layers.csv"), rows_of(frame, "sweeps.csv")
     partial = functools.partial
-    for model in dict.fromkeys(row["model"] for row in summary):
-        yield (
-            f"pareto-{model}.png",
-            f"Perplexity against bits per weight, {model}",
-            partial(figures.pareto, summary, model),
-        )
+    bits_title = "Perplexity against bits per weight (mean and standard deviation over seeds)"
+    models = list(dict.fromkeys(row["model"] for row in summary))
+    for model in models:
+        yield f"pareto-{model}.png", f"{bits_title}, {model}", partial(figures.pareto, summary, model)
     yield "size.png", "Perplexity against model size", partial(figures.against_size, summary)
-    for model in dict.fromkeys(row["model"] for row in summary):
+    for model in models:
         errors = partial(layer_errors, summary, layers, model)
-        yield f"layers-{model}.png", f"Relative error by layer, {model}", errors
+        yield f"layers-{model}.png", f"Relative error by layer (mean over seeds), {model}", errors
         errors = partial(sweep_errors, summary, sweeps, model)
-        yield f"sweeps-{model}.png", f"Relative error by sweep, {model}", errors
+        yield f"sweeps-{model}.png", f"Relative error by sweep (mean over layers and seeds), {model}", errors
     yield "zero_shot.png", "Zero-shot accuracy against model size", partial(figures.zero_shot, summary)
     yield "seconds.png", "Time to quantize against model size", partial(figures.seconds, summary)
 

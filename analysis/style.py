@@ -16,12 +16,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
+from analysis.collect import REFERENCE
 from analysis.series import ORDER, Row
 
 DPI = 160
 HOLLOW = "white"
 METHODS = {  # color, marker
-    "fp16": ("#000000", "_"),
+    "fp16": ("#000000", "."),
     "rtn": ("#7f7f7f", "s"),
     "awq": ("#e69f00", "v"),
     "gptq": ("#d55e00", "^"),
@@ -73,7 +74,10 @@ def panels(rows: int, columns: int, width: float = 3.6, height: float = 2.9) -> 
 
 def legend(figure: Figure, look: Look, extra: list[Line2D]) -> None:
     """One legend for all panels, right of them, where it covers no data."""
-    handles = [key(label, color=color, marker=marker) for label, (color, marker) in look.items()]
+    handles = [
+        key(label, color=color, marker=marker, linestyle="--" if label == REFERENCE else "-")
+        for label, (color, marker) in look.items()
+    ]
     figure.legend(handles=[*handles, *extra], loc="outside right upper", fontsize=8)
 
 
@@ -83,10 +87,12 @@ def key(label: str, **style: Any) -> Line2D:
 
 
 def log_axis(axes: Axes, which: str) -> None:
-    """A logarithmic axis with ticks at 1, 2 and 5 times the powers of ten, written as numbers."""
+    """A logarithmic axis, after its data: ticks at 1, 2 and 5 times the powers of ten, or more, written as numbers."""
     axes.set(**{f"{which}scale": "log"})
     axis = axes.yaxis if which == "y" else axes.xaxis
-    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=15))
+    low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
+    subs = (1.0, 2.0, 5.0) if high > 8 * low else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=15))
     axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axis.set_minor_formatter(NullFormatter())
 

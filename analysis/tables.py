@@ -34,13 +34,16 @@ def table_of(summary: list[Row], bold: set[tuple[str, str]]) -> pd.DataFrame:
     Perplexities (bold as BOLD_NOTE says), relative layer error on the calibration data and, where it was measured, on
     held-out data, and bits per weight; the number of seeds where it is not the same for all.
     """
-    table = pd.DataFrame([_row(row, bold) for row in summary])
+    columns = dict.fromkeys(name for row in summary for name in row)
+    texts = [name for name in columns if name.startswith("ppl/") and not name.endswith(SD)]
+    errors = [name for name in LAYER_ERRORS if name in columns]
+    table = pd.DataFrame([_row(row, texts, errors, bold) for row in summary])
     if len({row["seeds"] for row in summary if row["bits"] is not None}) < 2:  # the unquantized model has neither
         del table["seeds"]
     return table
 
 
-def _row(row: Row, bold: set[tuple[str, str]]) -> dict[str, str]:
+def _row(row: Row, texts: list[str], errors: list[str], bold: set[tuple[str, str]]) -> dict[str, str]:
     quantized = row["method"] != REFERENCE
     cells = {
         "model": row["model"],
@@ -49,12 +52,11 @@ def _row(row: Row, bold: set[tuple[str, str]]) -> dict[str, str]:
         "method": row["label"] + RAISED * row["damping_raised"],
         "bits per weight": f"{row['bits_per_weight']:.2f}",
     }
-    for text in (name.removeprefix("ppl/") for name in row if name.startswith("ppl/") and not name.endswith(SD)):
-        words = spread(row, f"ppl/{text}", 2)
+    for column in texts:
+        text, words = column.removeprefix("ppl/"), spread(row, column, 2)
         cells[text] = f"**{words}**" if (row["series"], text) in bold else words
-    for column, title in LAYER_ERRORS.items():
-        if column in row:
-            cells[title] = spread(row, column, 4) if quantized else ""
+    for column in errors:
+        cells[LAYER_ERRORS[column]] = spread(row, column, 4) if quantized else ""
     return cells | {"seeds": f"{row['seeds']}"}
 
 
