@@ -13,8 +13,8 @@ METHODS = {"fp16": 1.0, "rtn": 1.6, "gptq": 1.15, "quantease": 1.1, "quantease_o
 WINDOWS = 40
 
 
-def write_run(study: Path, name: str, windows: dict[str, list[float]] | None = None, **metrics: Any) -> Path:
-    """One run's folder: metrics.json, and windows.csv if losses are given."""
+def write_run(study: Path, name: str, windows: Any = None, **metrics: Any) -> Path:
+    """One run's folder: metrics.json, and windows.csv if the losses of every text are given."""
     folder = study / str(metrics["model"]) / name
     folder.mkdir(parents=True)
     rows = [
