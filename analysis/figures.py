@@ -147,7 +147,7 @@ def _name_families(axis: Axes, rows: list[Row], metric: str) -> None:
         members = [row for row in rows if row["family"] == family]
         top = max(members, key=lambda row: (row["parameters"], row[metric]))
         axis.annotate(
-            family, (top["parameters"], top[metric]), (0, 6), textcoords="offset points", fontsize=7, ha="center"
+            family, (top["parameters"], top[metric]), (0, 11), textcoords="offset points", fontsize=7, ha="center"
         )
 
 

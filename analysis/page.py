@@ -62,9 +62,10 @@ def _section(title: str, parts: Iterable[str]) -> list[str]:
 
 
 def _figures(report: "Report") -> Iterable[str]:
-    for file, (caption, _) in report.figures.items():
-        text = escape(caption)
-        yield f'<figure><img src="{escape(file)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+    for file, (caption, figure) in report.figures.items():
+        text, width = escape(caption), round(100 * figure.get_figwidth())  # letters of one size in all figures
+        image = f'<img src="{escape(file)}" width="{width}" alt="{text}">'
+        yield f"<figure>{image}<figcaption>{text}</figcaption></figure>"
 
 
 def _intervals(report: "Report") -> Iterable[str]:
@@ -75,15 +76,15 @@ def _intervals(report: "Report") -> Iterable[str]:
 
 def _missing(report: "Report") -> Iterable[str]:
     if len(report.missing):
-        table = report.missing.copy()
-        numbers = [name for name in ("bits", "seed") if name in table]
-        table[numbers] = table[numbers].map(lambda value: "" if value is None or value != value else f"{value:g}")
-        links = [_link(f"{folder}", "run") for folder in table.pop("folder")]
-        yield _table([*table.columns, "run"], [[*map(_text, row), link] for row, link in _zip(table, links)])
+        rows = [[_plain(entry) for entry in row[:-1]] + [_link(row[-1])] for row in report.missing.to_numpy().tolist()]
+        yield _table([*report.missing.columns[:-1], "see"], rows)
 
 
-def _zip(table: pd.DataFrame, links: list[str]) -> Iterable[tuple[list[str], str]]:
-    return zip(table.astype(str).to_numpy().tolist(), links, strict=True)
+def _plain(entry: object) -> str:
+    """An entry of a frame, a gap as nothing."""
+    if entry is None or entry != entry:
+        return ""
+    return f"{entry:g}" if isinstance(entry, int | float) else _text(str(entry))
 
 
 def _paper(table: Paper) -> str:
@@ -130,9 +131,9 @@ def _notes(found: Iterable[str], before: str = "") -> list[str]:
     return [f'<p class="note">{before}{escape(note)}</p>' for note in found]
 
 
-def _link(folder: str, words: str) -> str:
+def _link(folder: str) -> str:
     model, run = folder.replace("\\", "/").split("/")[-2:]
-    return f'<a href="../{escape(model)}/{escape(run)}" title="{escape(run)}">{words}</a>'
+    return f'<a href="../{escape(model)}/{escape(run)}">{escape(run)}</a>'
 
 
 def _text(words: str) -> str:

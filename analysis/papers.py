@@ -70,7 +70,10 @@ def metrics(summary: list[Row]) -> list[Metric]:
         if kind == "ppl":
             found.append(Metric(column, f"Perplexity on {name} (protocol {protocol(summary, name)})", 2))
         elif kind == "agreement":
-            titles = {"kl": "KL divergence from the full-precision model, nats a token", "top1": "same top token, %"}
+            titles = {
+                "kl": "KL divergence from the full-precision model, nats a token",
+                "top1": "Same top token as full precision, %",
+            }
             digits = 2 if percent else 4
             found.append(Metric(column, f"{titles.get(what, what)}, on {name}", digits, 100.0 if percent else 1.0))
         elif kind == "zero_shot" and what not in ("samples", "version") and not what.endswith("_stderr"):

@@ -124,19 +124,20 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def _missing(frame: pd.DataFrame) -> pd.DataFrame:
-    """What a reader might look for and not find: runs that failed or cannot be, metrics that were skipped."""
-    rows = []
+    """What a reader might look for and not find: every run that failed or cannot be, and metrics that were skipped."""
+    rows: list[Row] = []
+    skipped: dict[tuple[str, str], list[str]] = {}
     for run in frame.to_dict("records"):
-        where = {"model": run["model"], "method": run["method"], "bits": run.get("bits"), "grid": grid_words(run)}
-        where |= {"seed": run.get("seed")}
         if run["status"] != "done":
-            what = [run.get(name) for name in ("reason", "stage", "error")]
-            said = ": ".join(str(entry) for entry in what if isinstance(entry, str))
-            rows.append(where | {"what": run["status"], "why": said, "folder": run["folder"]})
-        skipped = {name: why for name, why in run.items() if name.startswith("skipped/") and isinstance(why, str)}
-        for name, why in skipped.items():
-            rows.append(where | {"what": name.replace("/", ": ", 1), "why": why, "folder": run["folder"]})
-    return pd.DataFrame(rows)
+            said = [run[name] for name in ("reason", "stage", "error") if isinstance(run.get(name), str)]
+            where = {name: run.get(name) for name in ("model", "method", "bits", "seed")} | {"grid": grid_words(run)}
+            rows.append(where | {"what": run["status"], "why": ": ".join(said), "runs": 1, "folder": run["folder"]})
+        for name, why in run.items():
+            if str(name).startswith("skipped/") and isinstance(why, str):
+                skipped.setdefault((str(name), why), []).append(run["folder"])
+    for (name, why), folders in skipped.items():
+        rows.append({"what": name.replace("/", ": ", 1), "why": why, "runs": len(folders), "folder": folders[0]})
+    return pd.DataFrame(rows, columns=["model", "method", "bits", "grid", "seed", "what", "why", "runs", "folder"])
 
 
 def _provenance(frame: pd.DataFrame) -> pd.DataFrame:
