@@ -1,1 +1,1 @@
-"""From `results/` to tables. Reads files only: needs pandas, and neither torch nor a model."""
+"""From `results/` to tables and figures. Reads files only: needs pandas and matplotlib, and neither torch nor a model."""

@@ -1,102 +1,88 @@
-"""Tables as the papers have them: full precision first, then method by method at each number of bits."""
+"""The table of a study: full precision first, then method by method at each number of bits."""
 
 import math
-import statistics
-from collections.abc import Hashable, Sequence
-from typing import Any
 
 import pandas as pd
 
-ORDER = [  # of the methods; others follow by name
-    "fp16",
-    "rtn",
-    "awq",
-    "gptq",
-    "quantease",
-    "gptq_quantease",
-    "quantease_refit",
-    "quantease_structured",
-    "quantease_outlier",
-    "spqr_1pct",
-    "spqr",
-]
-OWN_GRID = "its own"
+from analysis.collect import REFERENCE
+from analysis.intervals import BOLD_NOTE, losses, pairs, winners
+from analysis.series import SD, Row, counts, summarize
+
+__all__ = ["comparison", "counts", "lines", "markdown", "notes", "spread"]
+
 RAISED = " †"  # after the name of a method that had to raise its damping in some layer
 RAISED_NOTE = "† damping was raised in some layers because the factorization failed: see their layers.csv"
+LAYER_ERRORS = {
+    "layers/mean_relative_error": "relative layer error",
+    "layers/mean_held_out_error": "held-out layer error",  # on sequences that were not used to calibrate
+}
 
 
 def comparison(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a series of runs that differ only in their seed: mean ± standard deviation of what is done.
-
-    Perplexities, relative layer error and bits per weight; the number of seeds where it is not the same for all.
+    """The table of a study (see `table_of`), from its runs.
 
     Raises:
         ValueError: no run is done.
     """
-    done = frame.loc[frame["status"] == "done"]
-    if done.empty:
-        raise ValueError(f"no run is done: there are {counts(frame)}")
-    texts = [column for column in frame.columns if column.startswith("ppl/")]
-    series = done.get("series", done["folder"]).fillna(done["folder"])
-    rows = [_row(runs, texts) for _, runs in done.groupby(series, sort=False)]
-    rows.sort(key=lambda row: row.pop("sort"))
-    table = pd.DataFrame(rows)
-    if len({row["seeds"] for row in rows if row["bits"]}) < 2:  # the unquantized model has neither
+    summary = summarize(frame)
+    return table_of(summary, winners(pairs(summary, losses(frame))))
+
+
+def table_of(summary: list[Row], bold: set[tuple[str, str]]) -> pd.DataFrame:
+    """One row a series of runs that differ only in their seed: mean ± standard deviation of what is done, as text.
+
+    Perplexities (bold as BOLD_NOTE says), relative layer error on the calibration data and, where it was measured, on
+    held-out data, and bits per weight; the number of seeds where it is not the same for all.
+    """
+    columns = dict.fromkeys(name for row in summary for name in row)
+    texts = [name for name in columns if name.startswith("ppl/") and not name.endswith(SD)]
+    errors = [name for name in LAYER_ERRORS if name in columns]
+    table = pd.DataFrame([_row(row, texts, errors, bold) for row in summary])
+    if len({row["seeds"] for row in summary if row["bits"] is not None}) < 2:  # the unquantized model has neither
         del table["seeds"]
     return table
 
 
-def counts(frame: pd.DataFrame) -> str:
-    """How many runs ended how: 3 done, 1 failed."""
-    return ", ".join(f"{count} {status}" for status, count in frame["status"].value_counts().items())
-
-
-def _row(runs: pd.DataFrame, texts: list[str]) -> dict[str, Any]:
-    first = runs.iloc[0].dropna().to_dict()
-    quantized = first["method"] != "fp16"
-    raised = "warnings/damping_raised" in runs and runs["warnings/damping_raised"].fillna(0).any()
-    row = {
-        "sort": _place(first),
-        "model": first["model"],
-        "bits": str(int(first["bits"])) if quantized else "",
-        "grid": _grid(first) if quantized else "",
-        "method": first["method"] + RAISED * bool(raised),
-        "bits per weight": f"{runs['bits_per_weight'].mean():.2f}",
+def _row(row: Row, texts: list[str], errors: list[str], bold: set[tuple[str, str]]) -> dict[str, str]:
+    quantized = row["method"] != REFERENCE
+    cells = {
+        "model": row["model"],
+        "bits": f"{row['bits']:g}" if quantized else "",
+        "grid": row["grid"],
+        "method": row["label"] + RAISED * row["damping_raised"],
+        "bits per weight": f"{row['bits_per_weight']:.2f}",
     }
-    for text in texts:
-        row[text.removeprefix("ppl/")] = spread(list(runs[text]), 2)
-    row["relative layer error"] = spread(list(runs["layers/mean_relative_error"]), 4) if quantized else ""
-    return row | {"seeds": str(len(runs))}
+    for column in texts:
+        text, words = column.removeprefix("ppl/"), spread(row, column, 2)
+        cells[text] = f"**{words}**" if (row["series"], text) in bold else words
+    for column in errors:
+        cells[LAYER_ERRORS[column]] = spread(row, column, 4) if quantized else ""
+    return cells | {"seeds": f"{row['seeds']}"}
 
 
-def _place(first: dict[Hashable, Any]) -> tuple[Any, ...]:
-    """Where a row stands: model, full precision, bits downwards, grid, method."""
-    method = first["method"]
-    rank = ORDER.index(method) if method in ORDER else len(ORDER)
-    words = _grid(first)
-    grid = (words == OWN_GRID, -(first.get("group_size") or math.inf), words)
-    return first["model"], method != "fp16", -first.get("bits", 0), *grid, rank, method
-
-
-def _grid(first: dict[Hashable, Any]) -> str:
-    """The grid in words, without its bits."""
-    group = first.get("group_size")
-    if group is None and first["method"].startswith("spqr"):
-        return OWN_GRID  # two-level groups, of 16 columns unless the method's settings say otherwise
-    words = [f"group {group:g}" if group else "per-channel", "symmetric" * bool(first.get("symmetric"))]
-    words += ["mse" * (first.get("grid_range") == "mse"), "act-order" * bool(first.get("act_order"))]
-    return " ".join(word for word in words if word)
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """The mean and, of more than one value, the (sample) standard deviation."""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+def spread(row: Row, metric: str, digits: int, scale: float = 1.0) -> str:
+    """The mean and, of more than one seed, the (sample) standard deviation; nothing where there is no value."""
+    mean, deviation = row.get(metric, math.nan) * scale, row.get(f"{metric}{SD}", math.nan) * scale
+    if math.isnan(mean):
+        return ""
+    return f"{mean:.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:.{digits}f}")
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table in GitHub's Markdown, numbers to the right, and a note on its marks."""
-    words = ("model", "method", "grid")
-    align = ["left" if name in words else "right" for name in table.columns]
-    lines = table.to_markdown(index=False, disable_numparse=True, colalign=align)
-    return f"{lines}\n\n{RAISED_NOTE}" if table["method"].str.endswith(RAISED).any() else lines
+    """A table in GitHub's Markdown, and notes on its marks."""
+    return "\n\n".join([lines(table), *notes(table)])
+
+
+def lines(table: pd.DataFrame) -> str:
+    """The lines of a table of words in GitHub's Markdown, numbers to the right."""
+    if table.empty:
+        return ""
+    align = ["left" if name in ("model", "method", "grid") else "right" for name in table.columns]
+    return table.to_markdown(index=False, disable_numparse=True, colalign=align)
+
+
+def notes(table: pd.DataFrame) -> list[str]:
+    """What the marks in a table mean."""
+    marked = table["method"].str.endswith(RAISED).any()
+    bold = any(table[name].str.startswith("**").any() for name in table.columns)
+    return [BOLD_NOTE] * bold + [RAISED_NOTE] * bool(marked)

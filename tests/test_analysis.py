@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from analysis.__main__ import main
-from analysis.collect import collect, keep
+from analysis.collect import collect
 from analysis.tables import comparison, markdown
 from runners.checking import check
 from tests.conftest import PROJECT
@@ -50,6 +50,31 @@ def test_no_table_mixes_protocols_or_texts(tmp_path: Path, key: str, word: str) 
     put(tmp_path, "b", **(run("gptq", 3) | {key: "other"}))
     with pytest.raises(ValueError, match=f"on a mix {word}"):
         collect(tmp_path)
+
+
+def test_no_table_mixes_what_the_layers_were_calibrated_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path, "a", **run("rtn", 3))  # before runs said so
+    put(tmp_path, "b", **run("gptq", 3, calibration_inputs="quantized"))
+    put(tmp_path, "c", **run("fp16"))
+    assert len(collect(tmp_path)) == 3
+    put(tmp_path, "d", **run("awq", 3, calibration_inputs="full_precision"))
+    with pytest.raises(ValueError, match="Choose by calibration_inputs=full_precision or calibration_inputs=quantized"):
+        collect(tmp_path)
+    main([str(tmp_path), "calibration_inputs=quantized"])
+    table = capsys.readouterr().out
+    assert "gptq" in table
+    assert "rtn" in table
+    assert "fp16" in table
+    assert "awq" not in table
+
+
+def test_layer_error_on_held_out_data_stands_beside_that_on_the_data_used(tmp_path: Path) -> None:
+    put(tmp_path, "a", **run("rtn", 3, **{"layers/mean_held_out_error": 0.125}))
+    put(tmp_path, "b", **run("gptq", 3, seed=0, series="s"))
+    put(tmp_path, "c", **run("gptq", 3, seed=1, series="s"))
+    table = comparison(collect(tmp_path))
+    assert list(table.columns[-3:]) == ["relative layer error", "held-out layer error", "seeds"]
+    assert table["held-out layer error"].tolist() == ["0.1250", ""]
 
 
 def test_seeds_of_a_series_become_one_row_with_mean_and_spread(tmp_path: Path) -> None:
@@ -112,7 +137,7 @@ def test_damaged_and_empty_studies_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_readmes_table_is_the_committed_studys() -> None:
-    study = keep(collect(PROJECT / "results" / "tiny"), "bits", "3")
+    study = collect(PROJECT / "results" / "tiny", {"bits": "3"})
     assert markdown(comparison(study)) in (PROJECT / "README.md").read_text(encoding="utf-8")
 
 

@@ -1,0 +1,57 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # The figures of a study
+#
+# Every figure is a function of `analysis`, which gives a matplotlib figure or says why the study has none. Name your own
+# study in the next cell.
+
+# %%
+from pathlib import Path
+
+from IPython.display import Image, display
+
+import analysis
+from analysis import figures, layer_figures
+from analysis.collect import collect, rows_of
+from analysis.series import summarize
+from analysis.style import png
+
+study = Path(analysis.__file__).parents[1] / "results" / "tiny"
+model = "tiny"
+
+# %% [markdown]
+# Perplexity against everything that is stored: what is on the gray line, nothing smaller reaches.
+
+# %%
+frame = collect(study)
+summary = summarize(frame)
+Image(png(figures.pareto(summary, model)))
+
+# %% [markdown]
+# Where in the model the error is, at 3 bits.
+
+# %%
+at_3_bits = collect(study, {"bits": "3"})
+Image(png(layer_figures.layer_errors(summarize(at_3_bits), rows_of(at_3_bits, "layers.csv"), model)))
+
+# %% [markdown]
+# Figures that need more than the study has say so.
+
+# %%
+for draw in (figures.against_size, figures.zero_shot, figures.seconds):
+    try:
+        display(Image(png(draw(summary))))
+    except figures.LeftOut as reason:
+        print(f"{draw.__name__}: {reason}")

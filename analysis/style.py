@@ -1,0 +1,115 @@
+"""How the figures look: a method has one color and one marker in all of them, and a file has the same bytes every time.
+
+The colors are those of Okabe and Ito, which color-blind readers tell apart, and a few more; markers say the same again.
+Filled markers and whole lines are per-channel grids, hollow ones are groups.
+"""
+
+import io
+from itertools import count
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from PIL import Image
+
+from analysis.collect import REFERENCE
+from analysis.series import ORDER, Row
+
+DPI = 160
+HOLLOW = "white"
+METHODS = {  # color, marker
+    "fp16": ("#000000", "."),
+    "rtn": ("#7f7f7f", "s"),
+    "awq": ("#e69f00", "v"),
+    "gptq": ("#d55e00", "^"),
+    "quantease": ("#0072b2", "o"),
+    "gptq_quantease": ("#56b4e9", "D"),
+    "quantease_refit": ("#009e73", "P"),
+    "quantease_structured": ("#cc79a7", "h"),
+    "quantease_outlier": ("#5b2a86", "*"),
+    "spqr_1pct": ("#a3a500", "<"),
+    "spqr": ("#8c510a", "X"),
+}
+OTHERS = [("#1b9e77", "p"), ("#e7298a", "d"), ("#66a61e", ">"), ("#7570b3", "8"), ("#a6761d", "H")]
+RC: Any = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "lines.markersize": 5,
+}
+styled = rc_context(RC)  # a decorator of functions that draw
+
+Look = dict[str, tuple[str, str]]
+
+
+def looks(rows: list[Row]) -> Look:
+    """The color and marker of every label (a method's name, perhaps with its settings) in the order of tables."""
+    free = count()
+    labels = dict.fromkeys(row["label"] for row in sorted(rows, key=lambda row: row["rank"]))
+    ordered = sorted(labels, key=lambda label: ORDER.index(label) if label in ORDER else len(ORDER))
+    return {label: METHODS.get(label) or OTHERS[next(free) % len(OTHERS)] for label in ordered}
+
+
+def is_hollow(grid: str) -> bool:
+    """Whether the markers of a grid, in words, are hollow."""
+    return grid not in ("", "per-channel")
+
+
+def panels(rows: int, columns: int, width: float = 3.6, height: float = 2.9) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of rows x columns axes; `width` and `height` of one, in inches."""
+    figure = Figure(figsize=(width * columns + 1.9, height * rows + 0.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, [list(row) for row in axes]
+
+
+def legend(figure: Figure, look: Look, extra: list[Line2D]) -> None:
+    """One legend for all panels, right of them, where it covers no data."""
+    handles = [
+        key(label, color=color, marker=marker, linestyle="--" if label == REFERENCE else "-")
+        for label, (color, marker) in look.items()
+    ]
+    figure.legend(handles=[*handles, *extra], loc="outside right upper", fontsize=8)
+
+
+def key(label: str, **style: Any) -> Line2D:
+    """An entry of the legend that stands for a kind of line or marker and not for a method."""
+    return Line2D([], [], label=label, **({"color": "#444444", "linewidth": 1.2} | style))
+
+
+def log_axis(axes: Axes, which: str) -> None:
+    """A logarithmic axis, after its data: ticks at 1, 2 and 5 times the powers of ten, or more, written as numbers."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
+    subs = (1.0, 2.0, 5.0) if high > 8 * low else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=15))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def short(value: float) -> str:
+    """A number as axes show it: 1.3B, 350M, 20, 0.05."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == 'k' else size):g}{unit}"
+    return f"{value:g}"
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG, without what would change from one time to the next (the version of the library)."""
+    buffer = io.BytesIO()
+    with rc_context(RC):
+        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    small = io.BytesIO()  # a palette takes a third of the bytes, and lines and text need no more
+    Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    return small.getvalue()
