@@ -1,10 +1,11 @@
 """All runs of a study as one data frame, a row a run."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from analysis.rows import read
 
 
 def collect(study: Path) -> pd.DataFrame:
@@ -16,10 +17,7 @@ def collect(study: Path) -> pd.DataFrame:
     """
     rows = []
     for file in sorted(study.glob("*/*/metrics.json")):
-        try:
-            rows.append(json.loads(file.read_text(encoding="utf-8")) | {"folder": str(file.parent)})
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged ({error}): run it again with force=true") from error
+        rows.append(read(file) | {"folder": str(file.parent)})
     if not rows:
         raise FileNotFoundError(f"{study} holds no runs: there is no <model>/<run>/metrics.json in it")
     frame = pd.DataFrame(rows)
