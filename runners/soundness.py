@@ -132,6 +132,6 @@ def _tensors(file: Path) -> list[tuple[str, str]]:
     try:
         with safe_open(file, framework="pt") as opened:
             return [(name, opened.get_slice(name).get_dtype()) for name in opened.keys()]  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         raise InputError(f"{file} is missing, truncated or damaged ({reason}): copy it again") from error

@@ -153,7 +153,17 @@ def test_shards_are_read_whatever_their_names(toy_model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [["a.safetensors", "pytorch_model.bin"], ["../a.safetensors"], [".."], [""], [3], [[]]]
+    "names",
+    [
+        ["a.safetensors", "pytorch_model.bin"],
+        ["../a.safetensors"],
+        [".."],
+        [""],
+        [3],
+        [[]],
+        ["a\0.safetensors"],
+        ["\ud800.safetensors"],
+    ],
 )
 def test_an_index_names_safetensors_of_its_folder_only(toy_model: Path, names: list[Any]) -> None:
     with copy_of(toy_model) as folder:
