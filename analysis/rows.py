@@ -9,7 +9,7 @@ STATUS = ("done", "failed", "unsupported")
 COUNTS = ("bits", "group_size", "seed", "parameters")
 NUMBERS = ("bits_per_weight", "bits_per_parameter", "outlier_ratio")
 MEASURED = ("ppl/", "windows/", "layers/", "quantize/", "evaluate/", "warnings/", "agreement/", "zero_shot/")
-NOT_MEASURED = ("/version",)  # endings of keys that say how something was measured
+NOT_MEASURED = ("/version", "/sha256")  # endings of keys that say how something was measured
 TEXTS = ("digest", "series", "study", "calibration", "calibration_inputs", "grid_range", "stage", "error")
 TRUTHS = ("symmetric", "act_order")
 

@@ -47,7 +47,7 @@ def sentence(read: Callable[[], Any], errors: type[Exception] | tuple[type[Excep
         return read()
     except errors as refused:
         error = refused
-    assert type(error) in (InputError, ValueError, FileNotFoundError)
+    assert isinstance(error, InputError) or type(error) in (ValueError, FileNotFoundError)
     assert len(str(error).split()) > 3
     assert "\n" not in str(error)
     return None
