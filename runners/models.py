@@ -15,7 +15,7 @@ from quantease.grid import GridSpec
 from runners.blocks import decoder_blocks, linear_layers
 from runners.errors import InputError
 from runners.schema import DTYPES, Model
-from runners.soundness import check_config, check_tensors, check_tokenizer
+from runners.soundness import check_config, check_tensors, check_tokenizer, refuse_unused
 from runners.texts import hub_answers, why_not
 
 log = logging.getLogger(__name__)
@@ -101,11 +101,7 @@ def load(checkpoint: Checkpoint, model: Model, device: torch.device) -> nn.Modul
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{checkpoint.folder} holds no weights for {missing[0]} ({len(missing)} are missing)")
-    if unused := sorted(name for name in info["unexpected_keys"] if name.endswith(".weight")):
-        raise InputError(
-            f"{checkpoint.folder} holds {unused[0]}, for which its config.json has no place ({len(unused)} are left over): "
-            "the model would run without it"
-        )
+    refuse_unused(checkpoint.folder, info["unexpected_keys"])
     loaded = loaded.to(device).eval().requires_grad_(False)
     for name, parameter in loaded.named_parameters():
         if not torch.isfinite(parameter).all():

@@ -8,7 +8,7 @@ a changed weight is another checkpoint, and its run has another fingerprint.
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,22 @@ def check_config(folder: Path, tensors: int) -> None:
             )
         if type(value) is int:
             _check_count(file, key, value, tensors)
+
+
+def refuse_unused(folder: Path, names: Iterable[str]) -> None:
+    """Refuse weights that the model has no place for: it would run without them, a layer short.
+
+    Args:
+        names: tensors that were not loaded. Only those of weights count: old files also hold masks and frequencies.
+
+    Raises:
+        InputError: naming the first.
+    """
+    if unused := sorted(name for name in names if name.endswith(".weight")):
+        raise InputError(
+            f"{folder} holds {unused[0]}, for which its config.json has no place ({len(unused)} are left over): the model "
+            "would run without it"
+        )
 
 
 def check_tokenizer(folder: Path) -> None:
