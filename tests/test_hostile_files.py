@@ -145,7 +145,7 @@ def test_the_metrics_of_another_run_are_not_taken_for_its_own() -> None:
         run_folder(METRICS, json.dumps(ROW).encode(), digest="0123456789") as run,
         pytest.raises(InputError, match=f"is of another run, {ROW['digest']}"),
     ):
-        RunFolder(run).finished()
+        RunFolder(run).metrics()
 
 
 # _target_
