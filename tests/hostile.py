@@ -1,5 +1,6 @@
 """How files come to harm, and what may come of reading them: a sentence or a correct answer."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -65,3 +66,15 @@ def copy_of(folder: Path, **files: bytes | str | None) -> Iterator[Path]:
             else:
                 file.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
         yield copy
+
+
+def header_of(file: Path) -> tuple[dict[str, Any], bytes]:
+    """The header and the data of a safetensors file."""
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
+
+
+def pack(header: dict[str, Any] | bytes, data: bytes, length: int | None = None) -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode("utf-8", "surrogatepass")
+    return (len(raw) if length is None else length).to_bytes(8, "little") + raw + data

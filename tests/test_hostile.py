@@ -20,7 +20,7 @@ from runners.errors import InputError
 from runners.fingerprint import checkpoint_fingerprint
 from runners.models import check_files, load, load_tokenizer, open_checkpoint
 from runners.schema import Model
-from tests.hostile import copy_of, damage, examples, json_values, sentence
+from tests.hostile import copy_of, damage, examples, header_of, json_values, pack, sentence
 
 CPU = torch.device("cpu")
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
@@ -48,17 +48,6 @@ def refuse_or_another(toy: Path, folder: Path) -> None:
 
 
 # safetensors
-
-
-def header_of(file: Path) -> tuple[dict[str, Any], bytes]:
-    content = file.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    return json.loads(content[8:end]), content[end:]
-
-
-def pack(header: dict[str, Any] | bytes, data: bytes, length: int | None = None) -> bytes:
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode("utf-8", "surrogatepass")
-    return (len(raw) if length is None else length).to_bytes(8, "little") + raw + data
 
 
 @examples(40)
