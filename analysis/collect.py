@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.rows import read
+
 METRICS = "metrics.json"
 REFERENCE = "fp16"  # the method that leaves the weights as they are
 CHOSEN = "calibration_inputs"  # what the layers before a layer were while its inputs were recorded
@@ -92,7 +94,7 @@ def _tidy(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _run(file: Path) -> dict[str, Any]:
-    metrics = {"series": None, "group_size": None, CHOSEN: None} | _json(file)
+    metrics = {"series": None, "group_size": None, CHOSEN: None} | read(file)
     if metrics.get("method") != REFERENCE:
         metrics[CHOSEN] = metrics[CHOSEN] or "quantized"  # what runs did before they said so
     return metrics | {"device": environment(str(file.parent)).get("device"), "folder": str(file.parent)}

@@ -34,7 +34,10 @@ def build(annotation: Any, value: Any, where: str) -> Any:
         options = typing.get_args(annotation)
         if value is None and type(None) in options:
             return None
-        annotation = next(option for option in options if option is not type(None))
+        classes = [option for option in options if option is not type(None)]
+        if isinstance(value, dict) and (target := value.get("_target_")):
+            return _construct(_locate(target, where, *classes), _fields(value), where)
+        annotation = classes[0]
     if typing.get_origin(annotation) is dict and isinstance(value, dict):
         item = typing.get_args(annotation)[1]
         return {str(key): build(item, entry, f"{where}.{key}") for key, entry in value.items()}
@@ -43,8 +46,8 @@ def build(annotation: Any, value: Any, where: str) -> Any:
         return tuple(build(item, entry, f"{where}[{place}]") for place, entry in enumerate(value))
     if isinstance(value, dict) and annotation not in LEAVES:
         target = value.get("_target_")
-        cls = _locate(target, where) if target else annotation
-        return _construct(cls, {key: entry for key, entry in value.items() if key != "_target_"}, where)
+        cls = _locate(target, where, annotation) if target else annotation
+        return _construct(cls, _fields(value), where)
     return _leaf(annotation, value, where)
 
 
@@ -105,14 +108,28 @@ def _leaf(annotation: Any, value: Any, where: str) -> Any:
     raise InputError(f"{where} must be {expected}, not {json.dumps(value, default=str)}")
 
 
-def _locate(target: Any, where: str) -> Any:
+def _fields(value: dict[Any, Any]) -> dict[str, Any]:
+    return {str(key): entry for key, entry in value.items() if key != "_target_"}
+
+
+def _locate(target: Any, where: str, *wanted: Any) -> Any:
+    """The class that `_target_` names, which must be one of those wanted, or have the methods of a wanted protocol."""
     module, _, name = str(target).rpartition(".")
-    if module.split(".")[0] not in PACKAGES:
-        raise InputError(f"{where}._target_ is {target}: only classes of {', '.join(PACKAGES)} may be built")
+    if module.split(".")[0] not in PACKAGES or not all(part.isidentifier() for part in str(target).split(".")):
+        raise InputError(f"{where}._target_ is {target!r}: only classes of {', '.join(PACKAGES)} may be built")
     try:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"{where}._target_ is {target}, which does not exist ({error})") from None
+        raise InputError(f"{where}._target_ is {target!r}, which does not exist ({error})") from None
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise InputError(f"{where}._target_ is {target}, which is not a dataclass")
+        raise InputError(f"{where}._target_ is {target!r}, which is not a dataclass")
+    if not any(_is_a(cls, option) for option in wanted):
+        names = " or ".join(option.__name__ for option in wanted)
+        raise InputError(f"{where}._target_ is {target!r}, which is not a {names}")
     return cls
+
+
+def _is_a(cls: type, wanted: Any) -> bool:
+    if getattr(wanted, "_is_protocol", False):
+        return all(callable(getattr(cls, name, None)) for name in vars(wanted) if not name.startswith("_"))
+    return isinstance(wanted, type) and issubclass(cls, wanted)

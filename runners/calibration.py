@@ -128,8 +128,17 @@ def too_short_to_hold_out(calibration: Calibration) -> InputError:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """The ids of a text as the tokenizer makes them, special tokens included, int64 (tokens,)."""
-    return torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
+    """The ids of a text as the tokenizer makes them, special tokens included, int64 (tokens,).
+
+    Raises:
+        InputError: the tokenizer cannot read the text.
+    """
+    try:
+        return torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
+        raise InputError(f"the tokenizer in {tokenizer.name_or_path} cannot read the text: {error}") from error
 
 
 def ids_hash(ids: Tensor) -> str:

@@ -25,7 +25,11 @@ def checkpoint_fingerprint(folder: Path) -> str:
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """A hash of names, sizes and contents; of files of more than 4 MB, of 64 pieces spread over them."""
+    """A hash of names, sizes and contents; of files of more than 4 MB, of 64 pieces spread over them.
+
+    So another checkpoint has another fingerprint, but a bit that flips between the pieces of a large file is not seen:
+    hashing all of it would take longer than the checks before a sweep may.
+    """
     digest = sha256()
     for file in sorted(files):
         size = file.stat().st_size

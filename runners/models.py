@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -15,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 from quantease.grid import GridSpec
 from runners.blocks import decoder_blocks, linear_layers
 from runners.errors import InputError
-from runners.schema import Model
+from runners.schema import DTYPES, Model
+from runners.soundness import check_config, check_tensors, check_tokenizer, refuse_unused
 from runners.texts import hub_answers, why_not
 
 log = logging.getLogger(__name__)
@@ -64,11 +64,15 @@ def open_checkpoint(model: Model) -> Checkpoint:
     folder, revision = (model.folder, None) if model.folder else _download(model)
     check_files(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers answers a bad config.json with whatever its classes raise
-        raise InputError(f"transformers cannot build the model that {folder}/config.json describes: {error}") from error
+        raise InputError(
+            f"transformers cannot build the model that {folder}/config.json describes: {_one_line(error)}"
+        ) from error
+    if str(config.dtype or torch.float32).removeprefix("torch.") not in DTYPES:
+        raise InputError(f"dtype in {folder}/config.json is {config.dtype}, not one of {', '.join(DTYPES)}")
     decoder_blocks(skeleton)
     return Checkpoint(folder, skeleton, revision, model.sequence_length or _sequence_length(config))
 
@@ -84,7 +88,12 @@ def load(checkpoint: Checkpoint, model: Model, device: torch.device) -> nn.Modul
     try:
         loaded: Any
         loaded, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            checkpoint.folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            checkpoint.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:
         raise InputError(
@@ -92,6 +101,7 @@ def load(checkpoint: Checkpoint, model: Model, device: torch.device) -> nn.Modul
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{checkpoint.folder} holds no weights for {missing[0]} ({len(missing)} are missing)")
+    refuse_unused(checkpoint.folder, info["unexpected_keys"])
     loaded = loaded.to(device).eval().requires_grad_(False)
     for name, parameter in loaded.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -107,8 +117,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     Raises:
         InputError: there is none, or it does not fit the model's vocabulary.
     """
+    check_tokenizer(checkpoint.folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"the tokenizer in {checkpoint.folder} cannot be loaded: {_one_line(error)}") from error
     tokenizer.model_max_length = int(1e30)  # texts are cut into windows here; no warnings about their length
@@ -131,10 +142,10 @@ def check_divisibility(checkpoint: Checkpoint, spec: GridSpec) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """Refuse a folder that is not a whole safetensors checkpoint.
+    """Refuse a folder that is not a whole safetensors checkpoint, or whose config.json asks for another one.
 
     Raises:
-        InputError: saying which file is missing or damaged.
+        InputError: saying which file is missing, damaged or does not fit.
     """
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}: model.path must name a Hugging Face model folder")
@@ -149,12 +160,7 @@ def check_files(folder: Path) -> None:
                 "by loading them where you trust them and calling save_pretrained"
             )
         raise InputError(f"{folder} holds no weights: there is neither model.safetensors nor {index.name}")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                opened.keys()
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} is missing, truncated or damaged ({_one_line(error)}): copy it again") from error
+    check_config(folder, tensors=check_tensors(files))
 
 
 def _download(model: Model) -> tuple[Path, str]:
@@ -197,11 +203,13 @@ def _shards(index: Path) -> list[Path]:
         return []
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{index} is damaged: it does not map weights to files") from error
     outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if outside:
         raise InputError(f"{index} names a file outside its folder: {outside[0]}")
+    if others := sorted(name for name in names if not name.endswith(".safetensors")):
+        raise InputError(f"{index} names {others[0]}, which is not a safetensors file")
     return [index.parent / name for name in sorted(names)]
 
 
@@ -209,7 +217,9 @@ def _sequence_length(config: Any) -> int:
     """The longest sequence the model was made for, at most 2,048. BLOOM (alibi) calls it seq_length, or nothing."""
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or getattr(text, "seq_length", None) or LONGEST
-    return min(int(longest), LONGEST)
+    if type(longest) is not int or longest < 2:
+        raise InputError(f"config.json says that the model takes {longest!r} tokens: it must be a number of at least 2")
+    return min(longest, LONGEST)
 
 
 def _one_line(error: Exception) -> str:

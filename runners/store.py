@@ -19,6 +19,7 @@ from torch import Tensor
 
 from runners.errors import InputError
 from runners.records import LayerRecord
+from runners.rows import parse
 
 METRICS = "metrics.json"
 
@@ -37,15 +38,17 @@ class RunFolder:
         """
         file = self.path / METRICS
         try:
-            metrics = json.loads(file.read_text(encoding="utf-8"))
+            metrics = parse(file.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{file} cannot be read ({error}): delete it to run this again, or use force=true"
             ) from error
-        if not isinstance(metrics, dict) or "status" not in metrics:
-            raise InputError(f"{file} is not the metrics of a run: delete it to run this again, or use force=true")
+        if not self.path.name.endswith(str(metrics.get("digest", ""))):
+            raise InputError(
+                f"{file} is of another run, {metrics['digest']}: delete it to run this again, or use force=true"
+            )
         return metrics
 
     def finished(self) -> bool:

@@ -7,6 +7,7 @@ What lies outside the blocks (embeddings, the last norm, the head) stays in memo
 import copy
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from runners.models import Checkpoint, load
 from runners.quantization import replace_weights
 from runners.resume import FinishedBlocks
 from runners.schema import Model
+from runners.soundness import refuse_unused
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +159,7 @@ def open_model(checkpoint: Checkpoint, model: Model, device: torch.device) -> So
     """
     shards = Shards.of(checkpoint.folder)
     shards.check_finite()
+    refuse_unused(checkpoint.folder, _unused(checkpoint.skeleton, shards))
     if unknown := _unmatched(checkpoint.skeleton, shards):
         log.info("%s is stored under another name: loading %s as a whole", unknown[0], checkpoint.folder)
         return _Loaded(load(checkpoint, model, device))
@@ -213,6 +216,13 @@ def _tied(model: Any, stored: dict[str, str]) -> set[str]:
         return set()
     tied = model._tied_weights_keys or {}
     return {name for name, original in tied.items() if original in stored} if isinstance(tied, dict) else set(tied)
+
+
+def _unused(skeleton: Any, shards: Shards) -> set[str]:
+    """What the files hold and the model has no place for, but for what transformers knows to be of no use."""
+    ignored = [re.compile(pattern) for pattern in skeleton._keys_to_ignore_on_load_unexpected or ()]
+    unused = set(shards.places) - set(_stored_names(skeleton, shards).values())
+    return {name for name in unused if not any(pattern.search(name) for pattern in ignored)}
 
 
 def _unmatched(skeleton: Any, shards: Shards) -> list[str]:

@@ -71,7 +71,8 @@ class HubDataset:
         for number, line in enumerate(file.read_bytes().splitlines(), start=1):
             try:
                 row = json.loads(line)[self.column]
-            except (ValueError, KeyError, TypeError):
+                row.encode()  # half a surrogate pair is no text
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 row = None
             if not isinstance(row, str):
                 raise InputError(f"line {number} of {file} is not a JSON object with a text in {self.column!r}")

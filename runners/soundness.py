@@ -1,0 +1,153 @@
+"""What a checkpoint's files must agree on before transformers reads them, which would believe any of them.
+
+config.json is believed by nobody's word: it could ask for a billion layers, for other files than those that name the run,
+or for weights that are quantized already. What cannot be seen in the files is not claimed: safetensors has no checksum, so
+a changed weight is another checkpoint, and its run has another fingerprint.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from runners.errors import InputError
+
+WEIGHTS = ("F32", "F16", "BF16")  # the types of a weight; anything else would be converted number by number
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what families call the number of their blocks
+PATIENCE = 120  # seconds to read a tokenizer
+READ_TOKENIZER = (
+    "import sys; from tokenizers import Tokenizer; Tokenizer.from_file(sys.argv[1]).encode('Read, 1 text.')"
+)
+MANY = 10_000  # of anything but layers that a config may count: heads, experts, labels
+REFUSED = {
+    "quantization_config": "says that the weights are quantized already: take the unquantized checkpoint",
+    "transformers_weights": "takes its weights from a file of its own choice: delete that entry",
+    "configuration_files": "stands for other files, which are not part of the run's identity: delete that entry",
+}
+
+
+def check_tensors(files: list[Path]) -> int:
+    """Refuse safetensors files that are damaged, hold a tensor twice, or a weight that is no floating-point number.
+
+    Returns:
+        How many tensors they hold.
+
+    Raises:
+        InputError: naming the file, and the tensor.
+    """
+    found: dict[str, Path] = {}
+    for file in files:
+        for name, dtype in _tensors(file):
+            if name in found:
+                raise InputError(
+                    f"the weight {name} is in {found[name]} and in {file.name}: only one of them can be true"
+                )
+            if name.endswith(".weight") and dtype not in WEIGHTS:
+                raise InputError(f"the weight {name} in {file} is of type {dtype}, not one of {', '.join(WEIGHTS)}")
+            found[name] = file
+    return len(found)
+
+
+def check_config(folder: Path, tensors: int) -> None:
+    """Refuse a config.json that asks for something else than the files beside it hold.
+
+    Args:
+        tensors: how many there are in the weights' files; no model has more layers.
+
+    Raises:
+        InputError: naming the entry.
+    """
+    file = folder / "config.json"
+    if (folder / "adapter_config.json").exists():
+        raise InputError(
+            f"{folder} holds an adapter for another model (adapter_config.json): merge it and save the result"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} is damaged: it is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{file} is not a JSON object, so it does not describe a model")
+    for key, value in _entries(config):
+        if value is not None and key in REFUSED:
+            raise InputError(f"{key} in {file} {REFUSED[key]}")
+        if key.endswith("implementation") and "/" in str(value):
+            raise InputError(
+                f"{key} in {file} is {value}, code of a hub repository, which is not run: delete that entry"
+            )
+        if type(value) is int:
+            _check_count(file, key, value, tensors)
+
+
+def refuse_unused(folder: Path, names: Iterable[str]) -> None:
+    """Refuse weights that the model has no place for: it would run without them, a layer short.
+
+    Args:
+        names: tensors that were not loaded. Only those of weights count: old files also hold masks and frequencies.
+
+    Raises:
+        InputError: naming the first.
+    """
+    if unused := sorted(name for name in names if name.endswith(".weight")):
+        raise InputError(
+            f"{folder} holds {unused[0]}, for which its config.json has no place ({len(unused)} are left over): the model "
+            "would run without it"
+        )
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a tokenizer.json that cannot be read; some damaged ones abort the process, so that another one tries first.
+
+    Raises:
+        InputError: saying why.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    command = [sys.executable, "-P", "-c", READ_TOKENIZER, str(file)]
+    try:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        raise InputError(f"{file} cannot be loaded: a tokenizer is not read within {PATIENCE} seconds") from None
+    if answer.returncode:
+        said = [line for line in answer.stderr.splitlines() if line.strip()] or ["no reason given"]
+        raise InputError(
+            f"the tokenizer in {folder} cannot be loaded, {file.name} is damaged: {said[-1][:300].rstrip('.')}"
+        )
+
+
+def _check_count(file: Path, key: str, value: int, tensors: int) -> None:
+    if key in LAYERS and value < 1:
+        raise InputError(f"{key} in {file} is {value}: a model has at least one layer")
+    if key.endswith(("layer", "layers")) and value > tensors:
+        raise InputError(f"{key} in {file} is {value}, but the weights are only {tensors} tensors")
+    if key.startswith("num_") and value > max(MANY, tensors):
+        raise InputError(f"{key} in {file} is {value}, more than any model has")
+
+
+def _entries(config: Any) -> Iterator[tuple[str, Any]]:
+    """All entries of a config and of the configs in it."""
+    waiting = [config]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            yield from node.items()
+            waiting += node.values()
+        elif isinstance(node, list):
+            waiting += node
+
+
+def _tensors(file: Path) -> list[tuple[str, str]]:
+    """Names and types of a file's tensors. safetensors itself refuses gaps, overlaps and a wrong length."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return [(name, opened.get_slice(name).get_dtype()) for name in opened.keys()]  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        raise InputError(f"{file} is missing, truncated or damaged ({reason}): copy it again") from error
