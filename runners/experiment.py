@@ -2,7 +2,7 @@
 
 import logging
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from runners.errors import InputError
 from runners.meter import Meter, Phases, environment
 from runners.models import Checkpoint, check_divisibility, load, load_tokenizer, open_checkpoint
 from runners.perplexity import Windows, cut_windows, perplexity, window_losses
+from runners.progress import Progress, owner, read_progress, remove_progress
 from runners.quantization import LayerRecord, quantize, refuse_warnings, summary
 from runners.settings import Settings
 from runners.store import METRICS, RunFolder, check_writable
@@ -31,14 +32,7 @@ BATCH_TOKENS = {
 BLOCK_SHARE = 0.25  # of the GPU's free memory that a batch may take inside a block
 BLOCK_WIDTHS = 16  # that it takes, times the width of the model, a token: the block's inner activations
 LOGITS_BYTES = 2e9  # that their logits may take, with the copies that the loss makes
-
-
-@dataclass
-class Progress:
-    """How far a run has come: for the row of one that fails, and for its table of layers."""
-
-    stage: str = "start"
-    records: list[LayerRecord] = field(default_factory=list)
+INTERRUPTED = "interrupted {where}: the same command again goes on with it"
 
 
 @dataclass(frozen=True)
@@ -59,33 +53,60 @@ def run_experiment(settings: Settings) -> list[dict[str, Any]]:
         Their rows, reference first: the metrics, and under `folder` and `tracker` where to find them.
     """
     row = run_cell(settings)
-    if not settings.quantizes or row["status"] == "failed":
+    if not settings.quantizes or row["status"] in ("failed", "running"):
         return [row]
     return [run_cell(settings.reference(), is_asked_for=False), row]
 
 
 def run_cell(settings: Settings, is_asked_for: bool = True) -> dict[str, Any]:
-    """One cell of a study. Whatever happens in it becomes its row; only the user's interrupt gets out.
+    """One cell of a study. Whatever happens in it becomes its row; only an interrupt gets out, after that.
+
+    Where another process works on the same cell, a row of status `running` comes back at once; a cell that is not
+    `is_asked_for`, but needed for a table, is waited for.
 
     Raises:
         InputError: the run's folder cannot be read or written, so there is nowhere to put a row.
     """
     folder = RunFolder(settings.folder)
-    if not settings.force and folder.finished():
-        level = logging.INFO if is_asked_for else logging.DEBUG
-        log.log(level, "%s is already done (force=true runs it again): %s", settings.run_name, folder.path)
-        return (folder.metrics() or {}) | {"folder": str(folder.path), "tracker": None}
+    if (ended := folder.settled(settings.force, settings.retry_failed)) is not None:
+        return _on_disk(settings, ended, is_asked_for)
     check_writable(folder.path)
-    folder.clear()
-    state = Progress()
+    if not is_asked_for and folder.is_running():
+        log.info("waiting for %s: %s works on it", settings.run_name, owner(read_progress(folder.path)))
+    with folder.claim(wait=not is_asked_for) as mine:
+        if not mine:
+            error = f"{owner(read_progress(folder.path))}, works on it"
+            return _labels(settings) | {"status": "running", "error": error, "folder": str(folder.path)}
+        if (ended := folder.settled(settings.force, settings.retry_failed)) is not None:  # by who held it until now
+            return _on_disk(settings, ended, is_asked_for)
+        folder.clear()
+        return _run(settings, folder)
+
+
+def _on_disk(settings: Settings, row: dict[str, Any], is_asked_for: bool) -> dict[str, Any]:
+    how = "failed before (retry_failed=true" if row["status"] == "failed" else "is already done (force=true"
+    level = logging.INFO if is_asked_for else logging.DEBUG
+    log.log(level, "%s %s runs it again): %s", settings.run_name, how, settings.folder)
+    return row | {"folder": str(settings.folder), "tracker": None, "skipped": True}
+
+
+def _run(settings: Settings, folder: RunFolder) -> dict[str, Any]:
+    state, interrupt = Progress(folder.path), None
     with track(settings, folder.path) as tracker:
         try:
-            metrics = _measure(settings, folder, state, tracker)
+            with state.watching():
+                metrics = _measure(settings, folder, state, tracker)
         except Exception as error:
             metrics = _failure(error, state)
+        except KeyboardInterrupt as error:
+            interrupt = error
+            metrics = failed_row(settings, "interrupted", state.stage, INTERRUPTED.format(where=state.where()))
         metrics = _labels(settings) | metrics
         tracker.finish(metrics, state.records)
     folder.write_json(METRICS, metrics)
+    remove_progress(folder.path)
+    if interrupt is not None:
+        raise interrupt
     return metrics | {"folder": str(folder.path), "tracker": tracker.where}
 
 
@@ -252,12 +273,19 @@ def _labels(settings: Settings) -> dict[str, Any]:
 
 
 def _failure(error: Exception, state: Progress) -> dict[str, Any]:
-    unsupported = isinstance(error, Unsupported)
+    if isinstance(error, Unsupported):
+        status: dict[str, Any] = {"status": "unsupported"}
+    else:
+        status = {"status": "failed", "reason": "exception"}
     if not isinstance(error, Unsupported | InputError):
         log.debug("", exc_info=error)
-    return {
-        "status": "unsupported" if unsupported else "failed",
+    return status | {
         "stage": state.stage,
         "error": str(error) if isinstance(error, Unsupported | InputError) else f"{type(error).__name__}: {error}",
         "traceback": "".join(traceback.format_exception(error)),
     }
+
+
+def failed_row(settings: Settings, reason: str, stage: str, error: str) -> dict[str, Any]:
+    """The row of a run that cannot write its own, because its process is gone."""
+    return _labels(settings) | {"status": "failed", "reason": reason, "stage": stage, "error": error}

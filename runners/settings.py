@@ -44,12 +44,17 @@ class Settings:
     batch_size: int | None
     warnings: str
     force: bool
+    retry_failed: bool
+    timeout_minutes: float | None
+    dry_run: bool
 
     def __post_init__(self) -> None:
         if not self.study or Path(self.study).name != self.study:
             raise ValueError(f"study must be the name of a folder, not {self.study!r}")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
+        if self.timeout_minutes is not None and self.timeout_minutes <= 0:
+            raise ValueError(f"timeout_minutes must be positive or null, not {self.timeout_minutes}")
         if self.warnings not in ("record", "error"):
             raise ValueError(f"warnings must be record or error, not {self.warnings!r}")
         try:
