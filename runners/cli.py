@@ -18,7 +18,7 @@ from runners.checking import check
 from runners.console import console
 from runners.errors import InputError
 from runners.experiment import run_experiment
-from runners.isolation import interruptible, run_isolated
+from runners.isolation import interruptible, run_isolated, settle
 from runners.launchers import prepare_ray
 from runners.settings import Settings
 from runners.summary import cells_table, failure_text, next_steps, results_table
@@ -57,7 +57,10 @@ def _run(cells: list[Settings], multirun: bool, main: Callable[[], Any]) -> None
         register(cells)
         skipped = {cell.folder for cell in cells if not (cell.force or cell.retry_failed)}
         left_alone = sum(state(folder)["status"] == "failed" for folder in skipped)
-        main()
+        try:
+            main()
+        finally:
+            settle(cells)
         _summarize(cells, left_alone)
     else:
         main()

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -72,8 +72,7 @@ def interruptible() -> Iterator[None]:
 
 
 def _nothing_to_do(settings: Settings) -> bool:
-    cells = [settings, settings.reference()] if settings.quantizes else [settings]
-    return all(RunFolder(cell.folder).settled(cell.force, cell.retry_failed) for cell in cells)
+    return all(RunFolder(cell.folder).settled(cell.force, cell.retry_failed) for cell in _cells([settings]))
 
 
 def _run_child(settings: Settings, environment: dict[str, str], logs: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -103,8 +102,9 @@ def _start(
 ) -> tuple[BaseProcess, Connection]:
     context: Any = multiprocessing.get_context(METHOD)
     context.set_forkserver_preload([__name__, "quantease.kernels.cpu"])  # and numba, which every run would load
-    if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
-        multiprocessing.set_start_method(METHOD, force=True)  # joblib's own is unknown to the process that is started
+    methods = multiprocessing.get_all_start_methods()
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *methods):
+        multiprocessing.set_start_method(methods[0], force=True)  # joblib's own is unknown to the process that starts
     answer, sender = context.Pipe(duplex=False)
     arguments = (settings, sender, environment, logs, torch.get_num_threads())
     process: BaseProcess = context.Process(target=_child, args=arguments, name=settings.run_name)
@@ -180,23 +180,44 @@ def _stop(process: BaseProcess) -> None:
 
 def _leave_row(settings: Settings, process: BaseProcess, reason: str, error: str) -> list[dict[str, Any]]:
     """Stop the process, and write the row that it did not: of the cell, or of the reference if that is where it was."""
-    cells = [settings, settings.reference()] if settings.quantizes else [settings]
-    seen = ((cell, progress) for cell in cells if (progress := read_progress(cell.folder)) is not None)
+    seen = ((cell, progress) for cell in _cells([settings]) if (progress := read_progress(cell.folder)) is not None)
     cell, progress = next((pair for pair in seen if pair[1]["pid"] == process.pid), (settings, {"stage": "start"}))
+    had_ended = RunFolder(cell.folder).metrics() is not None
     _stop(process)
+    row = None if had_ended else _write_row(cell, progress, reason, error)
+    if row is not None and cell is not settings:
+        log.error("error: %s: %s", cell.run_name, row["error"])
+    metrics = RunFolder(settings.folder).metrics() or failed_row(settings, reason, "start", error)
+    return [metrics | {"folder": str(settings.folder), "tracker": None}]
+
+
+def settle(cells: Sequence[Settings]) -> None:
+    """Write the rows of runs whose processes died without anybody left to see it, as when a launcher kills its workers."""
+    for cell in _cells(cells):
+        progress = read_progress(cell.folder)
+        if progress is not None and RunFolder(cell.folder).metrics() is None:
+            _write_row(cell, progress, "interrupted", INTERRUPTED)
+
+
+def _cells(cells: Sequence[Settings]) -> list[Settings]:
+    """With the references that they need."""
+    references = [cell.reference() for cell in cells if cell.quantizes]
+    return list({cell.folder: cell for cell in (*cells, *references)}.values())
+
+
+def _write_row(cell: Settings, progress: dict[str, Any], reason: str, error: str) -> dict[str, Any] | None:
+    """The row of a run whose process is gone, unless it is done or another process has taken it up."""
     folder = RunFolder(cell.folder)
     folder.path.mkdir(parents=True, exist_ok=True)
     with folder.claim(wait=False) as mine:
-        row = folder.metrics()
-        if mine and (row is None or row.get("reason") == "interrupted"):
-            progress = read_progress(folder.path) or progress
-            row = failed_row(cell, reason, progress["stage"], error.format(where=where(progress)))
-            folder.write_json(METRICS, row)
-            remove_progress(folder.path)
-    if cell is not settings:
-        log.error("error: %s: %s", cell.run_name, (row or {}).get("error"))
-    metrics = RunFolder(settings.folder).metrics() or failed_row(settings, reason, "start", error)
-    return [metrics | {"folder": str(settings.folder), "tracker": None}]
+        ended = folder.metrics()
+        if not mine or (ended is not None and ended["status"] != "failed"):
+            return None
+        progress = read_progress(folder.path) or progress
+        row = failed_row(cell, reason, progress["stage"], error.format(where=where(progress)))
+        folder.write_json(METRICS, row)
+        remove_progress(folder.path)
+        return row
 
 
 def _too_long(settings: Settings) -> str:

@@ -1,4 +1,4 @@
-"""What the files in conf/ may interpolate: `${project:}`, `${basename:PATH}`, `${run_name:}`, `${gpus:}` and `${choices:GROUP}`."""
+"""What conf/ may interpolate: `${project:}`, `${basename:PATH}`, `${run_name:}`, `${gpus:}` and `${choices:GROUP}`."""
 
 import re
 import textwrap
