@@ -84,14 +84,13 @@ def _run_child(settings: Settings, environment: dict[str, str], logs: dict[str, 
     except BaseException:
         _leave_row(settings, process, "interrupted", INTERRUPTED)
         raise
+    if not is_ready:
+        return _leave_row(settings, process, "timeout", _too_long(settings))
+    _let_end(process)
     if isinstance(result, InputError):
         raise result
     if result is not None:
-        process.join()
         return result
-    if not is_ready:
-        return _leave_row(settings, process, "timeout", _too_long(settings))
-    process.join()
     if process.exitcode == -signal.SIGTERM or process.exitcode == 128 + signal.SIGTERM:
         return _leave_row(settings, process, "interrupted", INTERRUPTED)
     return _leave_row(settings, process, "killed", _death(process.exitcode))
@@ -171,6 +170,10 @@ def _follow_parent() -> None:
 def _stop(process: BaseProcess) -> None:
     """End the process: politely, and after a while, or a second Ctrl-C, not."""
     process.terminate()
+    _let_end(process)
+
+
+def _let_end(process: BaseProcess) -> None:
     try:
         process.join(GRACE)
     finally:

@@ -6,6 +6,7 @@ The file is there while the run works and for as long as nobody has seen that it
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,7 +33,7 @@ class Progress:
         self.records: list[LayerRecord] = []
         self._file = folder / PROGRESS
         self._owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
-        self._written = 0.0
+        self._writing = threading.Lock()
         self.stage = "start"
 
     @property
@@ -50,10 +51,15 @@ class Progress:
     def watching(self) -> Iterator[None]:
         """Follow the progress bars that are shown meanwhile."""
         console.watcher, before = self._step, console.watcher
+        over = threading.Event()
+        writer = threading.Thread(target=self._write_now_and_then, args=(over,), daemon=True)
+        writer.start()
         try:
             yield
         finally:
             console.watcher = before
+            over.set()
+            writer.join()
 
     def where(self) -> str:
         """For a sentence: `during quantize, after 6 of 12 steps (block 1/2 fc2)`."""
@@ -61,15 +67,20 @@ class Progress:
 
     def _step(self, last: str, done: int, total: int) -> None:
         self._steps = {"done": done, "total": total, "last": " ".join(last.split())}
-        if time.monotonic() - self._written >= EVERY:
-            self._write()
+
+    def _write_now_and_then(self, over: threading.Event) -> None:
+        """Steps can follow each other in no time and the next one take an hour: the last of them has to be on disk."""
+        written = self._steps
+        while not over.wait(EVERY):
+            if self._steps is not written:
+                written = self._steps
+                self._write()
 
     def _content(self) -> dict[str, Any]:
         return self._owner | {"stage": self._stage, **self._steps, "updated": time.time()}
 
     def _write(self) -> None:
-        self._written = time.monotonic()
-        with suppress(InputError):  # who cannot write this will hear of it where a result cannot be written
+        with self._writing, suppress(InputError):  # who cannot write this hears of it where a result cannot be written
             write(self._file, json.dumps(self._content()) + "\n")
 
 
