@@ -71,6 +71,9 @@ def job(cfg: DictConfig) -> float:
     single = HydraConfig.get().mode == RunMode.RUN
     try:
         settings = Settings.from_config(cfg)
+        if settings.dry_run:  # where Hydra was called without a look at the command line, as with --config-dir
+            console.print(cells_table(describe([settings])))
+            return math.nan
         with interruptible():
             if single and settings.timeout_minutes is None:
                 rows = run_experiment(replace(settings, retry_failed=True))

@@ -62,7 +62,7 @@ class RunFolder:
         """Hold the run for this process alone; yields False at once where another process holds it, or waits for it.
 
         Raises:
-            InputError: the file system has no locks.
+            InputError: the file system has no locks, or refuses them.
         """
         with claim(self.path / LOCK, -1 if wait else PATIENCE) as mine:
             yield mine
@@ -133,7 +133,7 @@ def claim(file: Path, timeout: float) -> Iterator[bool]:
     """Lock a file against all other processes; yields False where that takes longer than `timeout` seconds (-1: never).
 
     Raises:
-        InputError: the file system has no locks.
+        InputError: the file system has no locks, or refuses them.
     """
     lock = FileLock(file)
     try:
@@ -143,7 +143,7 @@ def claim(file: Path, timeout: float) -> Iterator[bool]:
         return
     except (OSError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{file} cannot be locked ({reason}): set results=FOLDER, on another file system") from error
+        raise InputError(f"{file} cannot be locked ({reason}): set results=FOLDER, where that is possible") from error
     try:
         yield True
     finally:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from runners import launchers
 from runners.checking import check
@@ -53,10 +54,12 @@ def test_what_is_not_installed_gets_a_sentence(launcher: str, monkeypatch: pytes
 @pytest.mark.parametrize("launcher", PRESETS)
 def test_presets_compose(launcher: str) -> None:
     pytest.importorskip(f"hydra_plugins.hydra_{launchers.EXTRAS[launcher]}_launcher")
-    command = [sys.executable, "run.py", f"hydra/launcher={launcher}", "--cfg", "hydra", "--package", "hydra.launcher"]
-    answer = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stderr
-    assert "_target_: hydra_plugins." in answer.stdout
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        config = compose("config", [f"hydra/launcher={launcher}", "study=night"], return_hydra_config=True)
+    node = config.hydra.launcher
+    assert node._target_.startswith(f"hydra_plugins.hydra_{launchers.EXTRAS[launcher]}_launcher.")
+    if "submitit_folder" in node:
+        assert node.submitit_folder == "results/night/.submitit/%j"
 
 
 def test_a_launcher_that_does_not_exist_gets_a_sentence_with_those_that_do() -> None:
