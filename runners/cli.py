@@ -74,21 +74,13 @@ def job(cfg: DictConfig) -> float:
         if settings.dry_run:  # where Hydra was called without a look at the command line, as with --config-dir
             console.print(cells_table(describe([settings])))
             return math.nan
-        with interruptible():
-            if single and settings.timeout_minutes is None:
-                rows = run_experiment(replace(settings, retry_failed=True))
-            else:
-                rows = run_isolated(replace(settings, retry_failed=single or settings.retry_failed), _logs())
-        row = rows[-1]
-        failure = failure_text(row) if row["status"] in ("failed", "unsupported") else None
+        rows = _rows(settings, single)
     except InputError as error:  # there is nowhere to put a row
-        rows, row, failure = [], {}, str(error)
-    if failure is not None:
-        if not row.get("skipped"):
-            log.error("error: %s", failure)
-        if single:
-            raise SystemExit(FAILED)
-        return math.nan
+        return _failed(str(error), single)
+    row = rows[-1]
+    if row["status"] in ("failed", "unsupported"):
+        is_news = single or not row.get("skipped")
+        return _failed(failure_text(row), single) if is_news else math.nan
     if row["status"] == "running":
         log.info("%s: %s; this process leaves it alone", row["folder"], row["error"])
         return math.nan
@@ -96,6 +88,20 @@ def job(cfg: DictConfig) -> float:
         console.print(results_table(rows))
         console.print(next_steps(row), highlight=False, soft_wrap=True)
     return row["layers/mean_relative_error"]
+
+
+def _rows(settings: Settings, single: bool) -> list[dict[str, Any]]:
+    with interruptible():
+        if single and settings.timeout_minutes is None:
+            return run_experiment(replace(settings, retry_failed=True))
+        return run_isolated(replace(settings, retry_failed=single or settings.retry_failed), _logs())
+
+
+def _failed(text: str, single: bool) -> float:
+    log.error("error: %s", text)
+    if single:
+        raise SystemExit(FAILED)
+    return math.nan
 
 
 def _logs() -> dict[str, Any]:

@@ -178,3 +178,26 @@ def test_a_damaged_list_gets_a_sentence(study: Path) -> None:
         SystemExit, match=r"error: .*cells.json cannot be read .*: delete it, and start the sweep again"
     ):
         status.main([f"results={study.parent}", "study=night"])
+
+
+def test_a_sweep_leaves_failed_cells_alone_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["method=rtn", "bits=2,3,4", f"results={tmp_path}"]
+    cells = check(arguments, multirun=True)
+    for cell in cells[:2]:
+        end(cell.folder, status="failed", reason="killed", stage="load", error="killed by SIGKILL", bits=cell.bits)
+    end(cells[2].folder, status="failed", reason="interrupted", stage="load", error="interrupted", bits=4)
+    for extra, sentence in (
+        ([], "2 of 3 cells failed, 2 of them before, which were left alone: retry_failed=true runs them again"),
+        (["retry_failed=true"], "2 of 3 cells failed: retry_failed=true runs them again"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["run.py", "-m", *arguments, *extra])
+        with pytest.raises(SystemExit) as leaving:
+            cli.start(lambda: None)
+        assert leaving.value.code == cli.FAILED
+        printed = capsys.readouterr().out
+        assert sentence in printed
+        assert "1 of 3 cells have not ended: the same command again goes on with them" in printed
+        assert "rtn 2 bits: killed by SIGKILL" in printed
+    assert len(registered(cells[0].study_folder)) == 4
