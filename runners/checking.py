@@ -5,6 +5,7 @@ Hydra accepts an unknown key behind a plus sign, and answers some mistakes with 
 
 import copy
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from runners import resolvers
+from runners import launchers, resolvers
 from runners.build import unknown_setting
 from runners.errors import InputError
 from runners.settings import Settings
@@ -36,7 +37,8 @@ def check(overrides: Sequence[str], multirun: bool) -> list[Settings]:
             str(group): loader.get_group_options(str(group)) for group in loader.list_groups("") if group != "hydra"
         }
         parsed = _parse(overrides)
-        _check_choices(parsed, groups)
+        hydras = [f"hydra/{group}" for group in loader.list_groups("hydra")]
+        _check_choices(parsed, groups | {group: loader.get_group_options(group) for group in hydras})
         if multirun:
             parsed = _parse(_sweeper_params(parsed)) + parsed
             cells = [_parse(cell) for batch in BasicSweeper.split_arguments(parsed, None) for cell in batch]
@@ -47,7 +49,7 @@ def check(overrides: Sequence[str], multirun: bool) -> list[Settings]:
             tuple[str, ...], DictConfig
         ] = {}  # by the choices; composing takes long, setting values does not
         settings = [_check_cell(cell, groups, composed) for cell in cells]
-    for folder in {cell.study_folder for cell in settings}:
+    for folder in {cell.study_folder for cell in settings if not cell.dry_run}:
         check_writable(folder)
     return settings
 
@@ -73,6 +75,8 @@ def _check_choices(overrides: list[Override], groups: dict[str, list[str]]) -> N
                 close = difflib.get_close_matches(choice, options, n=1)
                 hint = f"did you mean {close[0]}? There are" if close else "there are"
                 raise InputError(f"there is no {override.key_or_group}={choice}: {hint} {', '.join(options)}")
+            if override.key_or_group == launchers.GROUP:
+                launchers.check_installed(choice)
 
 
 def _refuse_sweeps(overrides: list[Override]) -> None:
@@ -97,7 +101,7 @@ def _check_cell(
     config = copy.deepcopy(composed[chosen])
     for override in overrides:
         name = override.key_or_group
-        if _group(override) in groups or name.split(".")[0] == "hydra":
+        if _group(override) in groups or re.match(r"hydra[./]", name):
             continue
         if override.is_delete():
             raise InputError(f"~{name}: settings cannot be taken away, only set")

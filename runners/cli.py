@@ -5,23 +5,27 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from runners.cells import describe, register, state
 from runners.checking import check
 from runners.console import console
 from runners.errors import InputError
 from runners.experiment import run_experiment
+from runners.isolation import interruptible, run_isolated, settle
+from runners.launchers import prepare_ray
 from runners.settings import Settings
-from runners.store import RunFolder
-from runners.summary import differences, failure_text, next_steps, results_table
+from runners.summary import cells_table, failure_text, next_steps, results_table
 
 log = logging.getLogger(__name__)
 
+UNFINISHED = ("unfinished", "interrupted", "missing")  # states of cells that the same command goes on with
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
 
 
@@ -34,11 +38,10 @@ def start(main: Callable[[], Any]) -> None:
     if shows_something or arguments.shell_completion or arguments.config_dir or arguments.experimental_rerun:
         main()
         return
+    prepare_ray()
     try:
-        cells = check(arguments.overrides, arguments.multirun)
-        main()
-        if arguments.multirun:
-            _summarize(cells)
+        with interruptible():
+            _run(check(arguments.overrides, arguments.multirun), arguments.multirun, main)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(WRONG_INPUT) from None
@@ -47,19 +50,39 @@ def start(main: Callable[[], Any]) -> None:
         raise SystemExit(INTERRUPTED) from None
 
 
+def _run(cells: list[Settings], multirun: bool, main: Callable[[], Any]) -> None:
+    if any(settings.dry_run for settings in cells):
+        console.print(cells_table(describe(cells)))
+    elif multirun:
+        register(cells)
+        skipped = {cell.folder for cell in cells if not (cell.force or cell.retry_failed)}
+        left_alone = sum(state(folder)["status"] == "failed" for folder in skipped)
+        try:
+            main()
+        finally:
+            settle(cells)
+        _summarize(cells, left_alone)
+    else:
+        main()
+
+
 def job(cfg: DictConfig) -> float:
-    """Run one cell. In a sweep a failing cell returns NaN and the others go on."""
+    """Run one cell. In a sweep it has a process of its own, and where it fails the answer is NaN and others go on."""
     single = HydraConfig.get().mode == RunMode.RUN
     try:
-        rows = run_experiment(Settings.from_config(cfg))
-        row = rows[-1]
-        failure = None if row["status"] == "done" else failure_text(row)
+        settings = Settings.from_config(cfg)
+        if settings.dry_run:  # where Hydra was called without a look at the command line, as with --config-dir
+            console.print(cells_table(describe([settings])))
+            return math.nan
+        rows = _rows(settings, single)
     except InputError as error:  # there is nowhere to put a row
-        rows, row, failure = [], {}, str(error)
-    if failure is not None:
-        log.error("error: %s", failure)
-        if single:
-            raise SystemExit(FAILED)
+        return _failed(str(error), single)
+    row = rows[-1]
+    if row["status"] in ("failed", "unsupported"):
+        is_news = single or not row.get("skipped")
+        return _failed(failure_text(row), single) if is_news else math.nan
+    if row["status"] == "running":
+        log.info("%s: %s; this process leaves it alone", row["folder"], row["error"])
         return math.nan
     if single:
         console.print(results_table(rows))
@@ -67,19 +90,45 @@ def job(cfg: DictConfig) -> float:
     return row["layers/mean_relative_error"]
 
 
-def _summarize(cells: list[Settings]) -> None:
+def _rows(settings: Settings, single: bool) -> list[dict[str, Any]]:
+    with interruptible():
+        if single and settings.timeout_minutes is None:
+            return run_experiment(replace(settings, retry_failed=True))
+        return run_isolated(replace(settings, retry_failed=single or settings.retry_failed), _logs())
+
+
+def _failed(text: str, single: bool) -> float:
+    log.error("error: %s", text)
+    if single:
+        raise SystemExit(FAILED)
+    return math.nan
+
+
+def _logs() -> dict[str, Any]:
+    """How Hydra has configured this process's log, for a process that is to log to the same places."""
+    return cast(dict[str, Any], OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True))
+
+
+def _summarize(cells: list[Settings], left_alone: int) -> None:
     """The table of a sweep, one row a run; exits non-zero if any of them has failed or is missing."""
-    runs = {settings.run_name: settings for settings in cells}
-    rows = []
-    for settings, difference in zip(runs.values(), differences(list(runs.values())), strict=True):
-        labels = {"method": settings.method.name, "model": settings.model.name, "bits": settings.bits}
-        metrics = RunFolder(settings.folder).metrics() or labels | {"status": "missing", "error": "it did not run"}
-        rows.append(metrics | {"setting": difference})
+    asked = {settings.folder for settings in cells}
+    needed = [settings.reference() for settings in cells if settings.quantizes]
+    rows = describe(cells)
     console.print(results_table(rows))
-    bad = [row for row in rows if row["status"] in ("failed", "missing")]
-    for row in bad:
-        name = " ".join(str(row[key]) for key in ("model", "method", "setting") if row[key])
+    others = describe([reference for reference in needed if reference.folder not in asked])
+    rows += [row for row in others if row["status"] in ("failed", *UNFINISHED[:-1])]
+    failed = [row for row in rows if row["status"] == "failed"]
+    unfinished = [row for row in rows if row["status"] in UNFINISHED]
+    for row in failed + unfinished:
+        bits = f"{row['bits']} bits" if "bits" in row else ""
+        name = " ".join(part for part in (row["model"], row["method"], bits, row["setting"]) if part)
         console.print(f"{name}: {row['error']}", highlight=False, soft_wrap=True)
-    if bad:
-        console.print(f"{len(bad)} of {len(rows)} cells failed; the same command again runs them again")
+    if failed:
+        before = f", {left_alone} of them before, which were left alone" if left_alone else ""
+        console.print(f"{len(failed)} of {len(rows)} cells failed{before}: retry_failed=true runs them again")
+    if unfinished:
+        console.print(
+            f"{len(unfinished)} of {len(rows)} cells have not ended: the same command again goes on with them"
+        )
+    if failed or unfinished:
         raise SystemExit(FAILED)

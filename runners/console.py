@@ -1,7 +1,7 @@
 """The console, and a progress bar on it."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console(width=None if sys.stdout.isatty() else 120)
+
+watcher: Callable[[str, int, int], None] | None = None  # told every step of a bar: what was done, how many of how many
 
 
 class Bar(Protocol):
@@ -29,8 +31,13 @@ def progress(description: str, total: int) -> Iterator[Bar]:
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total)
+        done = 0
 
         def step(description: str) -> None:
-            bar.update(task, advance=1, description=description)
+            nonlocal done
+            done += 1
+            bar.update(task, completed=done, description=description)
+            if watcher is not None:
+                watcher(description, done, total)
 
         yield step

@@ -1,9 +1,10 @@
-"""What the files in conf/ may interpolate: `${project:}`, `${basename:PATH}`, `${run_name:}` and `${choices:GROUP}`."""
+"""What conf/ may interpolate: `${project:}`, `${basename:PATH}`, `${run_name:}`, `${gpus:}` and `${choices:GROUP}`."""
 
 import re
 import textwrap
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from runners.settings import Settings
@@ -34,4 +35,5 @@ def _family_and_size(name: str) -> tuple[str, float]:
 OmegaConf.register_new_resolver("choices", _choices, replace=True)
 OmegaConf.register_new_resolver("project", lambda: str(PROJECT), replace=True)
 OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).expanduser().absolute().name, replace=True)
+OmegaConf.register_new_resolver("gpus", torch.cuda.device_count, replace=True)
 OmegaConf.register_new_resolver("run_name", _run_name, replace=True)

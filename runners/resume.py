@@ -66,7 +66,7 @@ class FinishedBlocks:
         """
         file = self.folder / "identity.json"
         if not file.exists():
-            self.discard()
+            discard(self.folder.parent)
             write(file, json.dumps(self.identity, indent=2) + "\n")
             return 0
         self._refuse_another(file)
@@ -92,11 +92,6 @@ class FinishedBlocks:
     def sha256(self) -> str:
         """The digest of the whole quantized checkpoint: of its blocks' digests, in order."""
         return sha256("".join(manifest.sha256 for manifest in self.manifests).encode()).hexdigest()
-
-    def discard(self) -> None:
-        """Delete all blocks."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.manifests = []
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
@@ -132,6 +127,11 @@ class FinishedBlocks:
                 f"({_short(found.get(name))}, now {_short(self.identity[name])}): going on would mix the two. Go back to "
                 "that, or start this run again with force=true"
             )
+
+
+def discard(folder: Path) -> None:
+    """Delete the finished blocks of a run's folder."""
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
 
 
 def _short(value: Any) -> str:

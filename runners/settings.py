@@ -48,6 +48,9 @@ class Settings:
     keep_checkpoint: bool
     warnings: str
     force: bool
+    retry_failed: bool
+    timeout_minutes: float | None
+    dry_run: bool
 
     def __post_init__(self) -> None:
         if not self.study or Path(self.study).name != self.study:
@@ -56,6 +59,8 @@ class Settings:
             raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
         if self.cache_gb < 0:
             raise ValueError(f"cache_gb must not be negative, not {self.cache_gb}")
+        if self.timeout_minutes is not None and self.timeout_minutes <= 0:
+            raise ValueError(f"timeout_minutes must be positive or null, not {self.timeout_minutes}")
         if self.warnings not in ("record", "error"):
             raise ValueError(f"warnings must be record or error, not {self.warnings!r}")
         try:

@@ -1,6 +1,7 @@
 """A run's folder: small files, each written to a temporary name and renamed, `metrics.json` last.
 
-`metrics.json` exists if and only if the run has ended. Its `status` is `done`, `failed` or `unsupported`.
+`metrics.json` exists if and only if the run has ended. Its `status` is `done`, `failed` or `unsupported`. Only the process
+that holds the run's lock writes or clears it.
 """
 
 import csv
@@ -12,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -22,6 +24,8 @@ from runners.records import LayerRecord
 from runners.rows import parse
 
 METRICS = "metrics.json"
+LOCK = ".lock"  # in a run's folder; who works on the run holds it, and the kernel gives it back when that process dies
+PATIENCE = 1.0  # seconds that a lock may be held by someone who only looks
 
 
 class RunFolder:
@@ -51,14 +55,36 @@ class RunFolder:
             )
         return metrics
 
-    def finished(self) -> bool:
-        """Whether the run has ended with an answer that running it again would not change."""
-        metrics = self.metrics()
-        return metrics is not None and metrics["status"] in ("done", "unsupported")
+    def settled(self, force: bool, retry_failed: bool) -> dict[str, Any] | None:
+        """What the run has ended with, where it is not to be run again: done, unsupported, or failed and not retried."""
+        metrics = None if force else self.metrics()
+        if metrics is not None and metrics["status"] == "failed":
+            return None if retry_failed or metrics.get("reason") == "interrupted" else metrics
+        return metrics
+
+    @contextmanager
+    def claim(self, wait: bool) -> Iterator[bool]:
+        """Hold the run for this process alone; yields False at once where another process holds it, or waits for it.
+
+        Raises:
+            InputError: the file system has no locks, or refuses them.
+        """
+        with claim(self.path / LOCK, -1 if wait else PATIENCE) as mine:
+            yield mine
+
+    def is_running(self) -> bool:
+        """Whether a living process holds the run."""
+        lock = self.path / LOCK
+        if not lock.exists():
+            return False
+        with claim(lock, 0) as mine:
+            return not mine
 
     def clear(self) -> None:
-        """Forget how the run ended, before it is run again."""
+        """Forget how the run ended, before it is run again, and what a process that was killed had not finished writing."""
         (self.path / METRICS).unlink(missing_ok=True)
+        for partial in self.path.rglob("*.partial"):
+            partial.unlink(missing_ok=True)
 
     def write_config(self, identity: dict[str, Any]) -> None:
         write(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(identity)))
@@ -131,6 +157,28 @@ def _replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def claim(file: Path, timeout: float) -> Iterator[bool]:
+    """Lock a file against all other processes; yields False where that takes longer than `timeout` seconds (-1: never).
+
+    Raises:
+        InputError: the file system has no locks, or refuses them.
+    """
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout:
+        yield False
+        return
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{file} cannot be locked ({reason}): set results=FOLDER, where that is possible") from error
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def check_writable(folder: Path) -> None:

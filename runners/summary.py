@@ -1,6 +1,7 @@
 """What a run or a sweep says at its end: the table, what went wrong, and where to look next."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.text import Text
 from runners.settings import Settings
 
 MARK = " †"
+STATES = ("done", "unsupported", "running", "unfinished", "interrupted", "failed", "missing")  # in order of hope
 
 
 def results_table(rows: Sequence[dict[str, Any]]) -> Group:
@@ -42,6 +44,27 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Group:
     for row in rows:
         table.add_row(*(cell(row) for _, cell in columns), style=None if row["status"] == "done" else "red")
     return Group(table, Text("; ".join(_facts(rows)), style="dim"))
+
+
+def cells_table(rows: Sequence[dict[str, Any]]) -> Group:
+    """One row a cell: what it is and how far it has come; and how many have come how far."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
+    for name in ("model", "method", "bits", "setting", "state", ""):
+        table.add_column(name, justify="right" if name == "bits" else "left", no_wrap=name in ("method", "state"))
+    for row in rows:
+        status = row["status"]
+        style = "red" if status == "failed" else "dim" if status == "missing" else None
+        detail = "" if status in ("done", "missing") else str(row["error"])
+        table.add_row(
+            row["model"], row["method"], str(row.get("bits", "")), row["setting"], status, detail, style=style
+        )
+    return Group(table, Text(counts(rows)))
+
+
+def counts(rows: Sequence[dict[str, Any]]) -> str:
+    """How many cells there are of every state: `3 done, 1 failed, 2 missing`."""
+    found = Counter(row["status"] for row in rows)
+    return ", ".join(f"{found[state]} {state}" for state in STATES if found[state]) or "no cells"
 
 
 def _number(row: dict[str, Any], key: str, form: str, unit: str = "") -> str:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, QuantizedLayer, Unsupported
-from runners import experiment
+from runners import experiment, work
 from runners.errors import InputError
 from runners.experiment import run_cell, run_experiment
 from runners.schema import Method
@@ -118,7 +118,7 @@ def test_a_finished_run_is_skipped_and_says_so(
 ) -> None:
     settings = toy_settings("method=rtn")
     first = run_cell(settings)
-    monkeypatch.setattr(experiment, "open_checkpoint", lambda _model: pytest.fail("nothing may be loaded"))
+    monkeypatch.setattr(experiment, "preflight", lambda _settings: pytest.fail("nothing may be loaded"))
     with caplog.at_level("INFO"):
         second = run_cell(settings)
     assert "is already done" in caplog.text
@@ -145,7 +145,7 @@ def test_an_unexpected_error_becomes_a_row_with_stage_and_traceback(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("in the middle")
 
-    monkeypatch.setattr(experiment, "Evaluation", fail)
+    monkeypatch.setattr(work, "Evaluation", fail)
     settings = toy_settings("method=rtn")
     row = run_cell(settings)
     assert (row["status"], row["stage"]) == ("failed", "evaluate")
@@ -153,7 +153,7 @@ def test_an_unexpected_error_becomes_a_row_with_stage_and_traceback(
     assert "Traceback" in row["traceback"]
     assert json.loads((settings.folder / "metrics.json").read_text())["status"] == "failed"
     monkeypatch.undo()
-    assert run_cell(settings)["status"] == "done"  # a failed run is not a finished one
+    assert run_cell(replace(settings, retry_failed=True))["status"] == "done"
 
 
 @pytest.fixture
