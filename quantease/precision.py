@@ -28,8 +28,11 @@ def second_moment(x: Tensor) -> Tensor:
 
 def add_second_moment(total: Tensor, x: Tensor, parts: int = 1) -> Tensor:
     """Add sum x x^T to `total` (in, in), float32, in place; in `parts` so that the product takes less beside it."""
-    halves = x.dtype in (torch.float16, torch.bfloat16)
-    x = x if halves else x.float()
+    on_cuda = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+    x = x if on_cuda else x.float()
     for rows, columns in zip(total.chunk(parts), x.T.chunk(parts), strict=True):
-        rows.add_(product(columns, x) if halves else columns @ x)
+        if on_cuda:
+            rows.add_(product(columns, x))
+        else:
+            rows.addmm_(columns, x)
     return total

@@ -43,7 +43,7 @@ def pack(layers: dict[str, QuantizedLayer]) -> tuple[dict[str, Tensor], dict[str
         mine = _tensors(layer)
         tensors |= {f"{name}.{key}": tensor.cpu().contiguous() for key, tensor in mine.items()}
         words[name] = _words(layer)
-    return tensors, {"format": "pt", "layers": json.dumps(words)}
+    return tensors, {"layers": json.dumps(words)}  # one entry: the order of several changes from file to file
 
 
 def unpack(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, QuantizedLayer]:

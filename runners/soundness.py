@@ -22,6 +22,7 @@ PATIENCE = 120  # seconds to read a tokenizer
 READ_TOKENIZER = (
     "import sys; from tokenizers import Tokenizer; Tokenizer.from_file(sys.argv[1]).encode('Read, 1 text.')"
 )
+NO_COUNTS = ("max_window_layers",)  # where attention windows begin: Qwen's default is beyond small models
 MANY = 10_000  # of anything but layers that a config may count: heads, experts, labels
 REFUSED = {
     "quantization_config": "says that the weights are quantized already: take the unquantized checkpoint",
@@ -125,7 +126,7 @@ def check_tokenizer(folder: Path) -> None:
 def _check_count(file: Path, key: str, value: int, tensors: int) -> None:
     if key in LAYERS and value < 1:
         raise InputError(f"{key} in {file} is {value}: a model has at least one layer")
-    if key.endswith(("layer", "layers")) and value > tensors:
+    if key.endswith(("layer", "layers")) and key not in NO_COUNTS and value > tensors:
         raise InputError(f"{key} in {file} is {value}, but the weights are only {tensors} tensors")
     if key.startswith("num_") and value > max(MANY, tensors):
         raise InputError(f"{key} in {file} is {value}, more than any model has")

@@ -83,6 +83,14 @@ class Shards:
                     wanted = dtype if tensor.is_floating_point() else tensor.dtype
                     yield name, tensor.to(device=device, dtype=wanted, copy=True)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, from the files' headers."""
+        found: dict[str, tuple[int, ...]] = {}
+        for file in dict.fromkeys(self.places.values()):
+            with safe_open(file, framework="pt") as opened:
+                found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        return found
+
     def check_finite(self) -> None:
         """Look at every weight once, a tensor at a time.
 
@@ -115,6 +123,7 @@ class StreamedModel:
         self._folder, self._shards, self._dtype = checkpoint.folder, shards, dtype
         self._prefix = next(name for name, module in self.model.named_modules() if module is self.blocks)
         self._stored = _stored_names(self.model, shards)
+        self._check_shapes()
         self._tied = _tied(self.model, self._stored)
         outside = [name for name in self._stored if not name.startswith(f"{self._prefix}.")]
         self._fill(self.model, "", [name for name in outside if name not in self._tied])
@@ -137,17 +146,23 @@ class StreamedModel:
                         module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
             give_back()
 
+    def _check_shapes(self) -> None:
+        shapes = self._shards.shapes()
+        for name, weight in self.model.state_dict().items():
+            stored = shapes.get(self._stored.get(name, ""))
+            if stored is not None and stored != tuple(weight.shape):
+                raise InputError(
+                    f"the weights in {self._folder} do not fit its config.json: {name} is {stored}, and should be "
+                    f"{tuple(weight.shape)}"
+                )
+
     def _fill(self, module: nn.Module, prefix: str, names: list[str]) -> None:
         wanted = {self._stored[name]: name for name in names}
         state = {
             wanted[stored].removeprefix(prefix): tensor
             for stored, tensor in self._shards.read(wanted, self.device, self._dtype)
         }
-        try:
-            module.load_state_dict(state, strict=False, assign=True)
-        except RuntimeError as error:
-            what = " ".join(str(error).split())[:300]
-            raise InputError(f"the weights in {self._folder} do not fit its config.json: {what}") from error
+        module.load_state_dict(state, strict=False, assign=True)
         module.requires_grad_(False)
 
 

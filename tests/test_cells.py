@@ -18,7 +18,7 @@ from tests.conftest import ToySettings
 
 
 def end(folder: Path, **row: Any) -> None:
-    RunFolder(folder).write_json(METRICS, {"method": "rtn", "model": "toy"} | row)
+    RunFolder(folder).write_json(METRICS, {"method": "rtn", "model": "toy", "layers/mean_relative_error": 0.0} | row)
 
 
 def test_the_states_of_a_run(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_results_repeat_to_the_last_digit(toy_settings: ToySettings, tmp_path: P
 def test_an_unexpected_error_becomes_a_row_with_stage_and_traceback(
     toy_settings: ToySettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("in the middle")
 
     monkeypatch.setattr(work, "Evaluation", fail)

@@ -18,13 +18,15 @@ from quantease.layer import LayerProblem, QuantizedLayer
 from runners import cli, isolation
 from runners.cells import state
 from runners.errors import InputError
-from runners.experiment import run_cell, run_experiment
+from runners.experiment import failed_row, run_cell, run_experiment
 from runners.isolation import interruptible, run_isolated, settle
 from runners.progress import PROGRESS, Progress, read_progress
 from runners.schema import Method
 from runners.settings import Settings
 from runners.store import METRICS, RunFolder
 from tests.conftest import PROJECT, ToySettings
+
+DONE = {"status": "done", "method": "fp16", "model": "toy", "layers/mean_relative_error": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +129,10 @@ def test_a_failed_run_is_left_alone_until_it_is_to_be_retried(toy_settings: ToyS
     settings = toy_settings("method=rtn")
     folder = RunFolder(settings.folder)
     for reason, is_settled in {"exception": True, "killed": True, "timeout": True, "interrupted": False}.items():
-        folder.write_json(METRICS, {"status": "failed", "reason": reason, "stage": "quantize", "error": "broke"})
+        folder.write_json(METRICS, failed_row(settings, reason, "quantize", "broke"))
         assert (folder.settled(force=False, retry_failed=False) is not None) == is_settled
         assert folder.settled(force=False, retry_failed=True) is None
-    folder.write_json(METRICS, {"status": "failed", "reason": "killed", "stage": "quantize", "error": "broke"})
+    folder.write_json(METRICS, failed_row(settings, "killed", "quantize", "broke"))
     assert run_cell(settings)["error"] == "broke"
     assert run_cell(dataclasses.replace(settings, retry_failed=True))["status"] == "done"
 
@@ -144,11 +146,11 @@ def test_a_run_that_another_process_works_on_is_not_touched(toy_settings: ToySet
         assert mine
         Progress(folder.path)
         if force:
-            folder.write_json(METRICS, {"status": "done"})
+            folder.write_json(METRICS, DONE)
         (row,) = run_experiment(settings)
         assert row["status"] == "running"
         assert f"process {os.getpid()} on " in row["error"]
-        assert (folder.metrics() == {"status": "done"}) == force
+        assert (folder.metrics() == DONE) == force
     assert not (folder.path / "config.yaml").exists()
 
 
@@ -162,7 +164,7 @@ def test_a_reference_that_another_process_measures_is_waited_for(toy_settings: T
         with reference.claim(wait=False):
             has_it.set()
             time.sleep(2)
-            reference.write_json(METRICS, {"status": "done", "method": "fp16", "by": "another"})
+            reference.write_json(METRICS, DONE | {"by": "another"})
 
     other = threading.Thread(target=measure)
     other.start()

@@ -109,7 +109,7 @@ def test_an_interrupted_run_ends_as_failed(toy_settings: ToySettings, monkeypatc
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment, "load", interrupt)
+    monkeypatch.setattr(experiment.Work, "begin", interrupt)
     settings = toy_settings("method=rtn", "tracker=wandb")
     with pytest.raises(KeyboardInterrupt):
         run_cell(settings)
