@@ -115,7 +115,9 @@ def test_names_that_only_transformers_knows_are_loaded_as_a_whole(
         assert torch.equal(block.get_parameter("fc1.weight"), decoder_blocks(model)[0].get_parameter("fc1.weight"))
 
 
-def opt_folder(folder: Path, layers: int, width: int, vocabulary: int, dtype: torch.dtype) -> Path:
+def opt_folder(
+    folder: Path, layers: int, width: int, vocabulary: int, dtype: torch.dtype, positions: int = 128
+) -> Path:
     """A random OPT written block by block, one shard a block, so that it is never whole in memory here either."""
     config = OPTConfig(
         vocab_size=vocabulary,
@@ -124,7 +126,7 @@ def opt_folder(folder: Path, layers: int, width: int, vocabulary: int, dtype: to
         ffn_dim=4 * width,
         num_hidden_layers=layers,
         num_attention_heads=width // 64,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
