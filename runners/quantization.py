@@ -6,13 +6,14 @@ neither on the method nor on the bits, and is computed once for all runs that sh
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantease.grid import GridSpec
-from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported, stacked, takes_rows_alone
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported, objective, stacked, takes_rows_alone
 from runners.blocks import InputStatistics, LinearLayer, Source, Walk, input_statistics, linear_layers, shared_inputs
 from runners.errors import InputError
 from runners.memory import Memory
@@ -179,26 +180,38 @@ class Quantization:
                 yield _left_alone(layers[name], index, name, self.plan.stored_bits, why, non_finite=True)
             return
         weights = {name: layers[name].weight.clone() for name in group}  # the modules' own are overwritten
-        for names in [group] if takes_rows_alone(self.plan.solver) else [(name,) for name in group]:
-            siblings = tuple(weight for name, weight in weights.items() if name not in names)
-            weight = torch.cat([weights[name].float() for name in names])
-            problem = LayerProblem(weight, statistics.hessian, mean_input=statistics.mean_input, siblings=siblings)
+        alone = takes_rows_alone(self.plan.solver)
+        remedies = [self._walk.to_host] if self._walk else []
+        if alone:
+            remedies.append(self.memory.thinner_slices(sum(map(len, weights.values()))))
+        for names in [group] if alone else [(name,) for name in group]:
+            where = f"{', '.join(names)} in block {index}"
+            solve = partial(self._solve, names, layers, weights, statistics, index, where)
             with self.phases.of("solve"):
-                here = {name: layers[name] for name in names}
-                solved = self._solve(here, problem, statistics.held_out, index)
+                solved = self.memory.attempt(f"in the solver of {where}", solve, *remedies)
             yield from solved
 
     def _solve(
-        self, layers: dict[str, LinearLayer], problem: LayerProblem, held_out: Tensor | None, block: int
+        self,
+        names: tuple[str, ...],
+        layers: dict[str, LinearLayer],
+        weights: dict[str, Tensor],
+        statistics: InputStatistics,
+        block: int,
+        where: str,
     ) -> list[LayerRecord]:
-        """Quantize layers whose weights stand one above the other in `problem`."""
+        """Quantize layers whose weights stand one above the other; may be called again if it fails."""
+        siblings = tuple(weight for name, weight in weights.items() if name not in names)
+        weight = torch.cat([weights[name].float() for name in names])
+        problem = LayerProblem(weight, statistics.hessian, mean_input=statistics.mean_input, siblings=siblings)
         device, start = problem.hessian.device, clock(problem.hessian.device)
-        answer = self._answer(f"{', '.join(layers)} in block {block}", problem)
+        answer = self._answer(where, problem)
         seconds = clock(device) - start
         records, first = [], 0
-        for name, layer in layers.items():
+        for name in names:
+            layer = layers[name]
             rows = slice(first, first := first + len(layer.weight))
-            mine = answer.of_rows(rows) if len(layers) > 1 else answer
+            mine = answer.of_rows(rows) if len(names) > 1 else answer
             weight = mine.weight
             if not torch.isfinite(weight).all():
                 why = f"{type(self.plan.solver).__name__} gave weights that are not finite"
@@ -208,26 +221,32 @@ class Quantization:
             self._answers[name] = mine
             own = replace(problem, weight=problem.weight[rows])
             record = _record(own, mine, block, name, seconds * len(weight) / len(problem.weight))
-            records.append(replace(record, **_errors(own, layer.weight.float(), held_out)))
+            errors = {"relative_error": self._error(own.weight, layer.weight, statistics.hessian)}
+            if statistics.held_out is not None:
+                errors["held_out_error"] = self._error(own.weight, layer.weight, statistics.held_out)
+            records.append(replace(record, **errors))
         return records
 
     def _answer(self, where: str, problem: LayerProblem) -> QuantizedLayer:
-        solver, spec, memory = self.plan.solver, self.plan.spec, self.memory
-        remedies = [self._walk.to_host] if self._walk else []
-        if takes_rows_alone(solver):
-            remedies.append(memory.thinner_slices(len(problem.weight)))
-
-        def solve() -> QuantizedLayer:
-            slices = memory.row_slices if takes_rows_alone(solver) else 1
+        solver, spec = self.plan.solver, self.plan.spec
+        slices = self.memory.row_slices if takes_rows_alone(solver) else 1
+        try:
             parts = [replace(problem, weight=rows) for rows in problem.weight.chunk(slices)]
             return stacked([solver.solve(part, spec) for part in parts])
-
-        try:
-            return memory.attempt(f"in the solver of {where}", solve, *remedies)
         except Unsupported as error:
             raise Unsupported(f"{where}: {error}") from error
         except ValueError as error:
             raise InputError(f"{where}: {error}") from error
+
+    def _error(self, weight: Tensor, stands: Tensor, hessian: Tensor) -> float:
+        """The relative error of a weight as it `stands` in the model, so with the rounding of its dtype."""
+        error = energy = 0.0
+        for original, rows in zip(
+            weight.chunk(self.memory.row_slices), stands.chunk(self.memory.row_slices), strict=True
+        ):
+            error += objective(rows.float() - original, hessian)
+            energy += objective(original, hessian)
+        return error / energy if energy > 0 else 0.0
 
 
 def replace_weights(block: Any, answers: dict[str, QuantizedLayer]) -> None:
@@ -235,14 +254,6 @@ def replace_weights(block: Any, answers: dict[str, QuantizedLayer]) -> None:
     layers = linear_layers(block)
     for name, answer in answers.items():
         layers[name].replace(answer.weight)
-
-
-def _errors(problem: LayerProblem, weight: Tensor, held_out: Tensor | None) -> dict[str, float]:
-    """The relative errors of a weight as it stands in the model, so with the rounding of its dtype."""
-    errors = {"relative_error": problem.relative_error(weight)}
-    if held_out is not None:
-        errors["held_out_error"] = replace(problem, hessian=held_out).relative_error(weight)
-    return errors
 
 
 def _record(problem: LayerProblem, answer: QuantizedLayer, block: int, name: str, seconds: float) -> LayerRecord:

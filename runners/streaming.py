@@ -33,6 +33,8 @@ from runners.soundness import refuse_unused
 
 log = logging.getLogger(__name__)
 
+_looked_at: set[tuple[object, ...]] = set()  # checkpoints whose weights are known to be finite
+
 
 class _Loaded(Resident):
     """A checkpoint whose names only transformers knows how to read: in memory as a whole, its weights kept beside."""
@@ -90,6 +92,11 @@ class Shards:
             with safe_open(file, framework="pt") as opened:
                 found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
         return found
+
+    def state(self) -> tuple[object, ...]:
+        """Which files these are, and when they were last written."""
+        files = [(file, file.stat()) for file in dict.fromkeys(self.places.values())]
+        return tuple((file, status.st_size, status.st_mtime_ns) for file, status in files)
 
     def check_finite(self) -> None:
         """Look at every weight once, a tensor at a time.
@@ -173,7 +180,9 @@ def open_model(checkpoint: Checkpoint, model: Model, device: torch.device) -> So
         InputError: a weight is missing, has another shape than config.json says, or is not finite.
     """
     shards = Shards.of(checkpoint.folder)
-    shards.check_finite()
+    if (state := shards.state()) not in _looked_at:  # a run and its reference read the same files
+        shards.check_finite()
+        _looked_at.add(state)
     refuse_unused(checkpoint.folder, _unused(checkpoint.skeleton, shards))
     if unknown := _unmatched(checkpoint.skeleton, shards):
         log.info("%s is stored under another name: loading %s as a whole", unknown[0], checkpoint.folder)
