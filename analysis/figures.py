@@ -82,7 +82,7 @@ def zero_shot(summary: list[Row]) -> Figure:
     """Zero-shot accuracy against the number of parameters, with the standard error of the task's samples."""
     metrics: dict[str, str] = {}  # one accuracy a task: the plain one, where it has several
     for name in sorted(measured(summary, "zero_shot/")):
-        _, task, metric = name.split("/", 2)
+        task, _, metric = name.removeprefix("zero_shot/").partition("/")
         if metric.startswith(("acc", "exact_match")) and not metric.endswith("_stderr"):
             metrics.setdefault(task, name)
     if not metrics:
@@ -177,8 +177,9 @@ def measured(rows: list[Row], prefix: str) -> list[str]:
 
 
 def having(rows: list[Row], metric: str) -> list[Row]:
-    """The rows with a value of the metric."""
-    return [row for row in rows if not math.isnan(row.get(metric, math.nan))]
+    """The rows with a number for the metric."""
+    values = ((row, row.get(metric)) for row in rows)
+    return [row for row, value in values if isinstance(value, int | float) and not math.isnan(value)]
 
 
 def _quantized(rows: list[Row]) -> list[Row]:

@@ -76,7 +76,7 @@ def metrics(summary: list[Row]) -> list[Metric]:
             }
             digits = 2 if percent else 4
             found.append(Metric(column, f"{titles.get(what, what)}, on {name}", digits, 100.0 if percent else 1.0))
-        elif kind == "zero_shot" and what not in ("samples", "version") and not what.endswith("_stderr"):
+        elif kind == "zero_shot" and what not in ("", "samples", "version", "sha256") and not what.endswith("_stderr"):
             unit = f"{what}, %" if percent else what
             found.append(Metric(column, f"Zero-shot {name}: {unit}", 1 if percent else 4, 100.0 if percent else 1.0))
     return found

@@ -359,7 +359,9 @@ class InputStatistics:
 
     @property
     def finite(self) -> bool:
-        return bool(torch.isfinite(self.hessian).all())
+        return all(
+            map(torch.isfinite, self.hessian.aminmax())
+        )  # NaN where any entry is, and nothing as large beside it
 
 
 class _Sums:

@@ -56,6 +56,7 @@ class _Text:
     walk: Walk
     reference: Walk | None = None
     final: Tensor | None = None  # what leaves the last block of the unquantized model, where it is known already
+    has_arrived: bool = False  # at the end of the walk: another run has walked it
 
 
 class Evaluation:
@@ -85,10 +86,13 @@ class Evaluation:
 
     def _begin(self, ids: Tensor, sha256: str) -> _Text:
         text = _Text(ids, sha256, Walk(self.source, ids, self._batch_size, memory=self.memory))
-        if self.shared and self.blocks is not None:
+        if self.shared:
             text.final = self.shared.get(sha256)
-            if text.final is None:
-                text.reference = Walk(self.source, ids, self._batch_size, memory=self.memory)
+        if self.blocks is None and text.final is not None:
+            text.walk.hidden = list(text.final.split(self._batch_size))
+            text.has_arrived = True
+        elif self.shared and text.final is None and self.blocks is not None:
+            text.reference = Walk(self.source, ids, self._batch_size, memory=self.memory)
         return text
 
     @torch.no_grad()
@@ -98,21 +102,26 @@ class Evaluation:
         Args:
             step: called with what was done, once a block and once a text.
         """
+        under_way = [text for text in self._texts.values() if not text.has_arrived]
         for index in range(len(self.source.blocks)):
-            with self.source.opened(index) as block:
-                for text in self._texts.values():
-                    if text.reference:
-                        self._advance(text.reference, index)
-                if self.blocks is not None:
-                    replace_weights(block, self.blocks.layers(index, str(self.source.device)))
-                for text in self._texts.values():
-                    self._advance(text.walk, index)
+            if under_way:
+                self._walk(under_way, index)
             step(f"block {index + 1}/{len(self.source.blocks)}")
         answer = {}
         for name, text in self._texts.items():
             answer[name] = self._measure(text)
             step(f"perplexity  {name}")
         return answer
+
+    def _walk(self, texts: list[_Text], index: int) -> None:
+        with self.source.opened(index) as block:
+            for text in texts:
+                if text.reference:
+                    self._advance(text.reference, index)
+            if self.blocks is not None:
+                replace_weights(block, self.blocks.layers(index, str(self.source.device)))
+            for text in texts:
+                self._advance(text.walk, index)
 
     def _advance(self, walk: Walk, index: int) -> None:
         smaller = self.memory.smaller_batches(walk.batch_size)
@@ -121,12 +130,13 @@ class Evaluation:
 
     def _measure(self, text: _Text) -> dict[str, list[float]]:
         final = text.final
-        whole = text.reference or (text.walk if self.shared and self.blocks is None else None)
-        if whole is not None:
-            unquantized = torch.cat([hidden.cpu() for hidden in whole.hidden])
-            if self.shared:
-                self.shared.put(text.sha256, unquantized)
-            final = unquantized if text.reference else None
+        if self.shared and final is None:
+            unquantized = text.walk if self.blocks is None else text.reference
+            final = torch.cat([hidden.cpu() for hidden in unquantized.hidden]) if unquantized else None
+            if final is not None:
+                self.shared.put(text.sha256, final)
+        if self.blocks is None:
+            final = None  # it would be compared with itself
         measured: dict[str, list[float]] = {}
         first = 0
         for batch in text.walk.hidden:

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Remedy = Callable[[], str | None]  # makes something smaller and says what; None: it is as small as it gets
 
+M_MMAP_THRESHOLD = -3  # of malloc.h
+LARGE = 2**22  # bytes
 MOST_PARTS = 64  # of a Hessian, and slices of a layer: smaller ones would not free anything that counts
 WORDS = ("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Cannot allocate")
 
@@ -107,6 +109,12 @@ class Memory:
         """Take over the state of the run that this one goes on with."""
         for name, value in state.items():
             setattr(self, name, list(value) if name == "steps" else value)
+
+
+def never_keep_large() -> None:
+    """Have glibc return large tensors to the system as they are freed: it would keep ever more of them, in pieces."""
+    with suppress(AttributeError, OSError):  # another libc
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def give_back() -> None:

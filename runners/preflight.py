@@ -42,6 +42,8 @@ def preflight(settings: Settings) -> Inputs:
     try:
         device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # kernels are launched on the current one
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device={settings.device} cannot be used: {str(error).splitlines()[0]}") from error
     checkpoint = open_checkpoint(settings.model)

@@ -24,7 +24,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from runners.blocks import Resident, Source, decoder_blocks
 from runners.errors import InputError
-from runners.memory import give_back
+from runners.memory import give_back, never_keep_large
 from runners.models import Checkpoint, load
 from runners.quantization import replace_weights
 from runners.resume import FinishedBlocks
@@ -179,6 +179,7 @@ def open_model(checkpoint: Checkpoint, model: Model, device: torch.device) -> So
     Raises:
         InputError: a weight is missing, has another shape than config.json says, or is not finite.
     """
+    never_keep_large()
     shards = Shards.of(checkpoint.folder)
     if (state := shards.state()) not in _looked_at:  # a run and its reference read the same files
         shards.check_finite()

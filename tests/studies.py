@@ -78,7 +78,9 @@ def _cell(
         **{"zero_shot/piqa/acc": 0.85 - loss / 10 - 0.2 * (1e8 / size) ** 0.3, "zero_shot/piqa/acc_stderr": 0.01},
         **{
             "zero_shot/piqa/samples": 1838,
-            "zero_shot/piqa/version": 1.0,
+            "zero_shot/piqa/version": "1.0",
+            "zero_shot/piqa/sha256": "0123456789abcdef",
+            "zero_shot/seconds": 12.0,
             "skipped/zero_shot/arc": "the data set is missing",
         },
         **({"layers/mean_relative_error": loss / 20, "layers/mean_held_out_error": loss / 15} if bits else {}),

@@ -81,6 +81,15 @@ def test_runs_carry_their_distance_from_the_reference(toy_settings: ToySettings)
     assert (another["cache/hits"], another["cache/misses"]) == (1, 0)  # the unquantized model walks once for all
 
 
+def test_the_unquantized_model_walks_once(toy_settings: ToySettings, tmp_path: Path) -> None:
+    """Its own run takes what another has walked, and measures the same."""
+    first = run_cell(toy_settings("method=fp16"))
+    again = run_cell(toy_settings("method=fp16", "force=true"))
+    other = run_cell(toy_settings("method=fp16", f"results={tmp_path / 'other'}"))
+    assert [(row["cache/hits"], row["cache/misses"]) for row in (first, again, other)] == [(0, 1), (1, 0), (0, 1)]
+    assert first["ppl/wikitext2"] == again["ppl/wikitext2"] == other["ppl/wikitext2"]
+
+
 def test_the_distance_need_not_be_measured(toy_settings: ToySettings) -> None:
     row = run_cell(toy_settings("method=rtn", "evaluation.agreement=false"))
     assert not [key for key in row if key.startswith("agreement/")]
