@@ -79,7 +79,9 @@ class FinishedBlocks:
         tensors, metadata = pack(layers)
         write_tensors(self._file(index), tensors, metadata)
         whole = Manifest(sha256=file_sha256(self._file(index)), **manifest)
-        write(self._file(index).with_suffix(".json"), json.dumps(dataclasses.asdict(whole)) + "\n")
+        content = dataclasses.asdict(whole)
+        sealed = {"content": content, "checksum": _checksum(content)}
+        write(self._file(index).with_suffix(".json"), json.dumps(sealed) + "\n")
         self.manifests.append(whole)
 
     def layers(self, index: int, device: str) -> dict[str, QuantizedLayer]:
@@ -99,7 +101,10 @@ class FinishedBlocks:
     def _manifest(self, index: int) -> Manifest | None:
         file = self._file(index)
         try:
-            written = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+            sealed = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+            written = sealed["content"]
+            if _checksum(written) != sealed["checksum"]:
+                raise ValueError("the checksum of its manifest is another")
             records = [
                 LayerRecord(**(record | {"history": tuple(record["history"])})) for record in written.pop("records")
             ]
@@ -110,6 +115,7 @@ class FinishedBlocks:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            # ValueError: JSON and text that are none; RuntimeError: JSON that is too deep, tensors of another shape
             log.warning("block %d in %s is damaged (%s): going on from the block before it", index, self.folder, error)
             return None
         return manifest
@@ -118,7 +124,7 @@ class FinishedBlocks:
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
             different = [name for name in self.identity if found.get(name) != self.identity[name]]
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{file} is damaged ({error}): start this run again with force=true") from error
         if different:
             name = different[0]
@@ -132,6 +138,10 @@ class FinishedBlocks:
 def discard(folder: Path) -> None:
     """Delete the finished blocks of a run's folder."""
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
+
+
+def _checksum(content: Any) -> str:
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _short(value: Any) -> str:

@@ -1,6 +1,7 @@
 """Data sets, results and settings that are damaged or made to do harm: a sentence or a correct answer."""
 
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -9,19 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.collect import collect
 from analysis.tables import comparison, markdown
+from baselines.rtn import RTN
+from quantease.grid import GridSpec
 from quantease.layer import LayerSolver
 from runners.build import PACKAGES, build
 from runners.errors import InputError
+from runners.memory import Memory
+from runners.records import LayerRecord
+from runners.resume import FinishedBlocks
 from runners.schema import Evaluation
 from runners.store import METRICS, RunFolder
 from runners.texts import HubDataset
 from tests.conftest import PROJECT
 from tests.hostile import damage, examples, json_values, sentence
+from tests.problems import random_problem
 
 # data sets
 
@@ -77,7 +85,6 @@ def tables(run: Path) -> str:
 
 
 # Whatever reads a file of a run's folder: the file's name, what is in it when all is well, the reader, and its errors.
-# A reader of another file, such as the manifest of a run that can be resumed, is one more line here.
 READERS: dict[str, tuple[str, dict[str, Any], Callable[[Path], Any], tuple[type[Exception], ...]]] = {
     "a run that may be done": (METRICS, ROW, lambda run: RunFolder(run).metrics(), (InputError,)),
     "tables": (METRICS, ROW, tables, (ValueError, FileNotFoundError)),
@@ -146,6 +153,42 @@ def test_the_metrics_of_another_run_are_not_taken_for_its_own() -> None:
         pytest.raises(InputError, match=f"is of another run, {ROW['digest']}"),
     ):
         RunFolder(run).metrics()
+
+
+# Finished blocks
+
+IDENTITY = {"configuration": {"bits": 3}, "model": "0123456789abcdef"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with one finished block."""
+    folder = tmp_path_factory.mktemp("finished")
+    blocks = FinishedBlocks(folder, IDENTITY)
+    assert blocks.begin() == 0
+    layers = {"fc1": RTN().solve(random_problem(8, 16), GridSpec(3))}
+    record = LayerRecord(0, "fc1", 8, 16, relative_error=0.125, history=(0.5, 0.125))
+    blocks.save(0, layers, {"records": [record], "memory": Memory().state, "seconds": {"solve": 1.5}})
+    return folder
+
+
+@pytest.mark.parametrize("name", ["identity.json", "block-00000.json", "block-00000.safetensors"])
+@examples(80)
+@given(data=st.data())
+def test_a_damaged_block_is_not_there_or_as_it_was(name: str, data: st.DataObject, finished: Path) -> None:
+    sound = FinishedBlocks(finished, IDENTITY)
+    assert sound.begin() == 1
+    weight = sound.layers(0, "cpu")["fc1"].weight
+    whole = (finished / "checkpoint" / name).read_bytes()
+    anything = json_values().map(lambda value: json.dumps(value).encode())
+    content = data.draw(damage(whole) | anything | st.binary(max_size=30))
+    with tempfile.TemporaryDirectory() as place:
+        shutil.copytree(finished / "checkpoint", Path(place) / "checkpoint")
+        (Path(place) / "checkpoint" / name).write_bytes(content)
+        blocks = FinishedBlocks(Path(place), IDENTITY)
+        if sentence(blocks.begin) == 1:
+            assert blocks.manifests == sound.manifests
+            assert torch.equal(blocks.layers(0, "cpu")["fc1"].weight, weight)
 
 
 # _target_
