@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-from runners.blocks import Source, Walk
+from runners.blocks import Source
 from runners.cache import Cache
 from runners.memory import Memory
 from runners.quantization import replace_weights
 from runners.resume import FinishedBlocks
+from runners.walk import Walk
 
 LOGITS_BYTES = 1e9  # that the logits of the sequences taken together may take, in float32
 POSITIONS = 128  # whose distributions over the vocabulary are compared at once

@@ -9,6 +9,14 @@ from runners.meter import environment
 from runners.preflight import Inputs
 from runners.settings import Settings
 
+OF_ACTIVATIONS = (  # the code that makes them
+    "runners/blocks.py",
+    "runners/walk.py",
+    "runners/statistics.py",
+    "runners/streaming.py",
+    "quantease/precision.py",
+)
+
 
 def model_key(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     """What the activations of the unquantized model depend on, beside the tokens."""
@@ -17,7 +25,7 @@ def model_key(settings: Settings, inputs: Inputs) -> dict[str, Any]:
         "model": checkpoint_fingerprint(inputs.checkpoint.folder),
         "dtype": settings.model.dtype,
         "batch_size": inputs.batch_size,
-        "code": code_fingerprint("runners/blocks.py", "runners/streaming.py", "quantease/precision.py"),
+        "code": code_fingerprint(*OF_ACTIVATIONS),
         "versions": machine["versions"],
         "device": machine["device"],
     }

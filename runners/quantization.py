@@ -14,15 +14,14 @@ from torch import Tensor
 
 from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported, objective, stacked, takes_rows_alone
-from runners.blocks import InputStatistics, LinearLayer, Source, Walk, input_statistics, linear_layers, shared_inputs
+from runners.blocks import LinearLayer, Source, linear_layers
 from runners.errors import InputError
 from runners.memory import Memory
 from runners.meter import Phases, clock
 from runners.records import LayerRecord
 from runners.resume import FinishedBlocks
-from runners.statistics import SharedStatistics
-
-Measured = list[tuple[tuple[str, ...], InputStatistics]]  # the layers that share an input, and what is known of it
+from runners.statistics import InputStatistics, Measured, SharedStatistics, input_statistics, shared_inputs
+from runners.walk import Walk
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from runners.blocks import Resident, Walk, decoder_blocks, input_statistics, linear_layers, shared_inputs
+from runners.blocks import Resident, decoder_blocks, linear_layers
 from runners.errors import InputError
 from runners.memory import Memory
+from runners.statistics import input_statistics, shared_inputs
+from runners.walk import Walk
 from tests.families import FAMILIES, random_ids, random_model
 
 # Which layers share an input, in the order in which the block uses them.

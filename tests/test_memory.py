@@ -13,11 +13,12 @@ from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from quantease.precision import add_second_moment, second_moment
 from quantease.quantease import QuantEase
-from runners import blocks
-from runners.blocks import Resident, Walk, decoder_blocks
+from runners import statistics
+from runners.blocks import Resident, decoder_blocks
 from runners.errors import InputError
 from runners.memory import Memory, out_of_memory
 from runners.quantization import Plan, Quantization
+from runners.walk import Walk
 from tests.families import random_ids, random_model
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -76,7 +77,7 @@ def test_hessians_are_made_in_parts_when_batches_of_one_do_not_help(monkeypatch:
         return add_second_moment(total, x, parts)
 
     expected = quantized(GPTQ(), Memory())
-    monkeypatch.setattr(blocks, "add_second_moment", large)
+    monkeypatch.setattr(statistics, "add_second_moment", large)
     memory = Memory()
     assert_same_weights(quantized(GPTQ(), memory), expected)
     assert (memory.batch_size, memory.hessian_parts) == (1, 4)
