@@ -24,17 +24,15 @@ TOKENIZER = PROJECT / "runners" / "tiny"
 ToySettings = Callable[..., Settings]
 
 
-@pytest.fixture(scope="session")
-def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder: two blocks of width 32, context 64, float32."""
-    folder = tmp_path_factory.mktemp("models") / "toy"
+def save_toy(folder: Path, layers: int) -> Path:
+    """A checkpoint folder: blocks of width 32, context 64, float32, random weights and the bundled tokenizer."""
     torch.manual_seed(0)
     config = OPTConfig(
         vocab_size=4096,
         hidden_size=32,
         word_embed_proj_dim=32,
         ffn_dim=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=64,
         bos_token_id=0,
@@ -45,6 +43,12 @@ def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy with two blocks."""
+    return save_toy(tmp_path_factory.mktemp("models") / "toy", layers=2)
 
 
 @pytest.fixture
