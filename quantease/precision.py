@@ -21,11 +21,6 @@ def split(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return large, (matrix - large).bfloat16()
 
 
-def second_moment(x: Tensor) -> Tensor:
-    """sum x x^T (in, in), float32, of inputs x (tokens, in) of any precision."""
-    return add_second_moment(torch.zeros(x.shape[1], x.shape[1], device=x.device), x)
-
-
 def add_second_moment(total: Tensor, x: Tensor, parts: int = 1) -> Tensor:
     """Add sum x x^T to `total` (in, in), float32, in place; in `parts` so that the product takes less beside it."""
     on_cuda = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)

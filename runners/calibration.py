@@ -25,6 +25,11 @@ class Sequences:
     held_out: Tensor | None
 
     @property
+    def all(self) -> list[Tensor]:
+        """Both kinds, those that there are."""
+        return [self.used] if self.held_out is None else [self.used, self.held_out]
+
+    @property
     def sha256(self) -> str:
         """Of the sequences that are calibrated on."""
         return ids_hash(self.used)

@@ -5,7 +5,7 @@ from typing import Any
 
 from runners.calibration import ids_hash
 from runners.fingerprint import checkpoint_fingerprint, code_fingerprint
-from runners.meter import environment
+from runners.meter import device_name, versions
 from runners.preflight import Inputs
 from runners.settings import Settings
 
@@ -20,14 +20,13 @@ OF_ACTIVATIONS = (  # the code that makes them
 
 def model_key(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     """What the activations of the unquantized model depend on, beside the tokens."""
-    machine = environment(inputs.device)
     return {
         "model": checkpoint_fingerprint(inputs.checkpoint.folder),
         "dtype": settings.model.dtype,
         "batch_size": inputs.batch_size,
         "code": code_fingerprint(*OF_ACTIVATIONS),
-        "versions": machine["versions"],
-        "device": machine["device"],
+        "versions": versions(),
+        "device": device_name(inputs.device),
     }
 
 

@@ -107,14 +107,24 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
         "platform": platform.platform(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Of the libraries that a number may depend on; None: not installed."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _git(*arguments: str) -> str | None:

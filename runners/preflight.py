@@ -56,7 +56,7 @@ def preflight(settings: Settings) -> Inputs:
     sequences = None
     if settings.quantizes:
         sequences = draw_sequences(settings.calibration, tokenizer, length, settings.seed, settings.data_root)
-    tokens = [text.ids for text in windows.values()] + ([] if sequences is None else [sequences.used])
+    tokens = [text.ids for text in windows.values()] + ([] if sequences is None else sequences.all)
     _check_vocabulary(max((int(ids.max()) for ids in tokens), default=0), checkpoint)
     batch_size = settings.batch_size or _batch_size(checkpoint, device)
     return Inputs(checkpoint, tokenizer, device, sequences, windows, tasks, skipped | missing, batch_size)

@@ -54,9 +54,8 @@ class InputStatistics:
 
     @property
     def finite(self) -> bool:
-        return all(
-            map(torch.isfinite, self.hessian.aminmax())
-        )  # NaN where any entry is, and nothing as large beside it
+        # The extremes are NaN where any entry is, and nothing as large as the Hessian is made beside it.
+        return all(map(torch.isfinite, self.hessian.aminmax()))
 
 
 class _Sums:

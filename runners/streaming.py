@@ -1,7 +1,7 @@
 """A model that is never whole in memory: a skeleton, of which one block at a time is read from its safetensors shards.
 
-What lies outside the blocks (embeddings, the last norm, the head) stays in memory; a block's weights are there between
-`open` and `close`. Buffers, which hold no weights but tables such as rotary frequencies, are made with the skeleton.
+What lies outside the blocks (embeddings, the last norm, the head) stays in memory; a block's weights are there while it
+is `opened`. Buffers, which hold no weights but tables such as rotary frequencies, are made with the skeleton.
 """
 
 import copy
@@ -56,6 +56,11 @@ class Shards:
 
     places: dict[str, Path]
 
+    @property
+    def files(self) -> list[Path]:
+        """Each file once."""
+        return list(dict.fromkeys(self.places.values()))
+
     @classmethod
     def of(cls, folder: Path) -> "Shards":
         """The tensors of `model.safetensors`, or of the files that its index names.
@@ -88,14 +93,14 @@ class Shards:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, from the files' headers."""
         found: dict[str, tuple[int, ...]] = {}
-        for file in dict.fromkeys(self.places.values()):
+        for file in self.files:
             with safe_open(file, framework="pt") as opened:
                 found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
         return found
 
     def state(self) -> tuple[object, ...]:
         """Which files these are, and when they were last written."""
-        files = [(file, file.stat()) for file in dict.fromkeys(self.places.values())]
+        files = [(file, file.stat()) for file in self.files]
         return tuple((file, status.st_size, status.st_mtime_ns) for file, status in files)
 
     def check_finite(self) -> None:
@@ -104,7 +109,7 @@ class Shards:
         Raises:
             InputError: naming the first one that contains NaN or infinity.
         """
-        for file in dict.fromkeys(self.places.values()):
+        for file in self.files:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - not a dictionary
                     tensor = opened.get_tensor(name)
@@ -116,11 +121,16 @@ class Shards:
 class StreamedModel:
     """The skeleton of a checkpoint with everything outside its blocks in memory.
 
+    Args:
+        stored: for each weight its name in the files.
+
     Raises:
         InputError: a weight is missing, or has another shape than config.json says.
     """
 
-    def __init__(self, checkpoint: Checkpoint, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, shards: Shards, stored: dict[str, str], dtype: torch.dtype, device: torch.device
+    ) -> None:
         with init_empty_weights(include_buffers=False):
             self.model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), dtype=dtype)
         self.model.eval().requires_grad_(False)
@@ -129,11 +139,11 @@ class StreamedModel:
         self.tuples: dict[type, int] = {}
         self._folder, self._shards, self._dtype = checkpoint.folder, shards, dtype
         self._prefix = next(name for name, module in self.model.named_modules() if module is self.blocks)
-        self._stored = _stored_names(self.model, shards)
+        self._stored = stored
         self._check_shapes()
-        self._tied = _tied(self.model, self._stored)
+        tied = _tied(self.model, stored)
         outside = [name for name in self._stored if not name.startswith(f"{self._prefix}.")]
-        self._fill(self.model, "", [name for name in outside if name not in self._tied])
+        self._fill(self.model, "", [name for name in outside if name not in tied])
         self.model.tie_weights()
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -184,11 +194,12 @@ def open_model(checkpoint: Checkpoint, model: Model, device: torch.device) -> So
     if (state := shards.state()) not in _looked_at:  # a run and its reference read the same files
         shards.check_finite()
         _looked_at.add(state)
-    refuse_unused(checkpoint.folder, _unused(checkpoint.skeleton, shards))
-    if unknown := _unmatched(checkpoint.skeleton, shards):
+    stored = _stored_names(checkpoint.skeleton, shards)
+    refuse_unused(checkpoint.folder, _unused(checkpoint.skeleton, shards, stored))
+    if unknown := _unmatched(checkpoint.skeleton, stored):
         log.info("%s is stored under another name: loading %s as a whole", unknown[0], checkpoint.folder)
         return _Loaded(load(checkpoint, model, device))
-    return StreamedModel(checkpoint, shards, _dtype(checkpoint, model, shards), device)
+    return StreamedModel(checkpoint, shards, stored, _dtype(checkpoint, model, shards), device)
 
 
 def whole_model(checkpoint: Checkpoint, model: Model, device: torch.device, blocks: FinishedBlocks | None) -> Any:
@@ -243,16 +254,15 @@ def _tied(model: Any, stored: dict[str, str]) -> set[str]:
     return {name for name, original in tied.items() if original in stored} if isinstance(tied, dict) else set(tied)
 
 
-def _unused(skeleton: Any, shards: Shards) -> set[str]:
+def _unused(skeleton: Any, shards: Shards, stored: dict[str, str]) -> set[str]:
     """What the files hold and the model has no place for, but for what transformers knows to be of no use."""
     ignored = [re.compile(pattern) for pattern in skeleton._keys_to_ignore_on_load_unexpected or ()]
-    unused = set(shards.places) - set(_stored_names(skeleton, shards).values())
+    unused = set(shards.places) - set(stored.values())
     return {name for name in unused if not any(pattern.search(name) for pattern in ignored)}
 
 
-def _unmatched(skeleton: Any, shards: Shards) -> list[str]:
+def _unmatched(skeleton: Any, stored: dict[str, str]) -> list[str]:
     """Weights of the model that the files do not hold under a name that is known here."""
-    stored = _stored_names(skeleton, shards)
     tied = _tied(skeleton, stored)
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     return [name for name in parameters if name not in stored and name not in tied]
