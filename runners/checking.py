@@ -18,9 +18,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from runners import launchers, resolvers
+from runners import launchers
+from runners import resolvers as resolvers  # importing it registers what conf/ interpolates
 from runners.build import unknown_setting
 from runners.errors import InputError
+from runners.project import CONF
 from runners.settings import Settings
 from runners.store import check_writable
 
@@ -31,7 +33,7 @@ def check(overrides: Sequence[str], multirun: bool) -> list[Settings]:
     Raises:
         InputError: the first thing that is wrong, in a sentence.
     """
-    with initialize_config_dir(str(resolvers.CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         groups = {
             str(group): loader.get_group_options(str(group)) for group in loader.list_groups("") if group != "hydra"

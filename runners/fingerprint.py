@@ -5,6 +5,8 @@ from functools import lru_cache
 from hashlib import file_digest, sha256
 from pathlib import Path
 
+from runners.project import ROOT
+
 OF_A_CHECKPOINT = {
     "config.json",
     "tokenizer.json",
@@ -13,7 +15,7 @@ OF_A_CHECKPOINT = {
     "merges.txt",
     "tokenizer.model",
 }
-CODE = ("quantease/**/*.py", "baselines/*.py", "runners/*.py")
+CODE = ("quantease/**/*.py", "baselines/**/*.py", "runners/**/*.py")  # all that can change a number, and a little more
 SAMPLES, SAMPLE = 64, 65_536  # how many pieces, of how many bytes, of a large file are read
 
 
@@ -51,11 +53,25 @@ def file_sha256(file: Path) -> str:
 
 
 @lru_cache
-def code_fingerprint(*patterns: str) -> str:
-    """Of the project's own modules that match the patterns: of all that can change a number, by default."""
-    root = Path(__file__).parents[1]
-    found = (file for pattern in patterns or CODE for file in root.glob(pattern))
+def code_fingerprint(*patterns: str, root: Path = ROOT) -> str:
+    """The fingerprint of the project's own modules.
+
+    Args:
+        patterns: globs relative to `root`; `**` matches any depth. Default: every module that can change a number.
+        root: the project's root.
+
+    Raises:
+        LookupError: a pattern matches no file. A module that was renamed would otherwise leave every key that it is part
+            of, and stale data would pass for fresh.
+    """
     digest = sha256()
-    for file in sorted(found):
+    for file in sorted({file for pattern in patterns or CODE for file in _matching(root, pattern)}):
         digest.update(f"{file.relative_to(root).as_posix()} ".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _matching(root: Path, pattern: str) -> list[Path]:
+    found = list(root.glob(pattern))
+    if not found:
+        raise LookupError(f"no file below {root} matches {pattern}: the key that names it is out of date")
+    return found

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from runners.project import ROOT
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -129,9 +131,8 @@ def device_name(device: torch.device) -> str:
 
 def _git(*arguments: str) -> str | None:
     """The answer of git about the project's checkout; None where it is not one."""
-    root = Path(__file__).parents[1]
     try:
-        answer = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        answer = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() if answer.returncode == 0 else None

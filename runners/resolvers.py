@@ -7,10 +7,8 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from runners.project import CONF, ROOT
 from runners.settings import Settings
-
-PROJECT = Path(__file__).parents[1]
-CONF = PROJECT / "conf"
 
 
 def _run_name(*, _root_: DictConfig) -> str:
@@ -33,7 +31,7 @@ def _family_and_size(name: str) -> tuple[str, float]:
 
 
 OmegaConf.register_new_resolver("choices", _choices, replace=True)
-OmegaConf.register_new_resolver("project", lambda: str(PROJECT), replace=True)
+OmegaConf.register_new_resolver("project", lambda: str(ROOT), replace=True)
 OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).expanduser().absolute().name, replace=True)
 OmegaConf.register_new_resolver("gpus", torch.cuda.device_count, replace=True)
 OmegaConf.register_new_resolver("run_name", _run_name, replace=True)

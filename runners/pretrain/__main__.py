@@ -11,11 +11,12 @@ from transformers.utils import logging as transformers_logging
 from runners.errors import InputError
 from runners.pretrain.export import export, write_card
 from runners.pretrain.training import train
+from runners.project import CONF
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path=str(Path(__file__).parents[2] / "conf"), config_name="pretrain")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="pretrain")
 def main(cfg: DictConfig) -> None:
     """Train, or go on training, and export."""
     transformers_logging.disable_progress_bar()
