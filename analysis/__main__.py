@@ -16,7 +16,7 @@ from analysis.collect import collect
 from analysis.intervals import compare
 from analysis.report import write_report
 from analysis.series import counts
-from analysis.tables import comparison, markdown
+from analysis.tables.comparison import comparison, markdown
 
 RESULTS = Path("results")
 

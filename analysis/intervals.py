@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis.bootstrap import Floats, Losses, Ratio, perplexity_ratio
 from analysis.collect import collect_run, rows_of
 from analysis.series import Row
-from analysis.statistics import Floats, Losses, Ratio, perplexity_ratio
 
 TOLERANCE = 0.05  # bits per weight, as printed, by which rivals may differ
 BOLD_NOTE = (

@@ -11,18 +11,19 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import figures, papers
 from analysis.collect import collect, environment, rows_of
-from analysis.figures import LeftOut
+from analysis.figures import model_figures
+from analysis.figures.layer_figures import layer_errors, sweep_errors
+from analysis.figures.model_figures import LeftOut
+from analysis.figures.style import png
 from analysis.intervals import LOWEST_NOTE, Pair, against_lowest, losses, pairs, tabulate, winners
-from analysis.latex import latex
-from analysis.layer_figures import layer_errors, sweep_errors
-from analysis.page import page
-from analysis.papers import Paper
 from analysis.published import FOLDER, published
 from analysis.series import Row, grid_words, summarize
-from analysis.style import png
-from analysis.tables import lines, markdown, table_of
+from analysis.tables import papers
+from analysis.tables.comparison import lines, markdown, table_of
+from analysis.tables.latex import latex
+from analysis.tables.page import page
+from analysis.tables.papers import Paper
 
 MADE = (".md", ".tex", ".csv", ".png", ".html")  # what the folder holds; older ones are removed
 
@@ -82,15 +83,15 @@ def _drawings(frame: pd.DataFrame, summary: list[Row]) -> Iterator[tuple[str, st
     bits_title = "Perplexity against bits per weight (mean and standard deviation over seeds)"
     models = list(dict.fromkeys(row["model"] for row in summary))
     for model in models:
-        yield f"pareto-{model}.png", f"{bits_title}, {model}", partial(figures.pareto, summary, model)
-    yield "size.png", "Perplexity against model size", partial(figures.against_size, summary)
+        yield f"pareto-{model}.png", f"{bits_title}, {model}", partial(model_figures.pareto, summary, model)
+    yield "size.png", "Perplexity against model size", partial(model_figures.against_size, summary)
     for model in models:
         errors = partial(layer_errors, summary, layers, model)
         yield f"layers-{model}.png", f"Relative error by layer (mean over seeds), {model}", errors
         errors = partial(sweep_errors, summary, sweeps, model)
         yield f"sweeps-{model}.png", f"Relative error by sweep (mean over layers and seeds), {model}", errors
-    yield "zero_shot.png", "Zero-shot accuracy against model size", partial(figures.zero_shot, summary)
-    yield "seconds.png", "Time to quantize against model size", partial(figures.seconds, summary)
+    yield "zero_shot.png", "Zero-shot accuracy against model size", partial(model_figures.zero_shot, summary)
+    yield "seconds.png", "Time to quantize against model size", partial(model_figures.seconds, summary)
 
 
 def _files(report: Report, between: list[Pair]) -> dict[str, bytes]:

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantease.factor import inverse_factor, raised
+from quantease.cholesky import inverse_factor, raised
 from quantease.grid import GridSpec
 from quantease.kernels import run_block
 from quantease.layer import LayerProblem, QuantizedLayer

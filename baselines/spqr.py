@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantease.factor import inverse_factor, raised
+from quantease.cholesky import inverse_factor, raised
 from quantease.grid import Grid, GridSpec, least_error
 from quantease.kernels import Columns, run_block
 from quantease.kernels.plain import nearest_codes, nearest_values

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantease.descent import Residual, Watch, revived_hessian, sweep
+from quantease.coordinate_descent import Schedule
 from quantease.grid import Grid, GridSpec, storable
 from quantease.layer import LayerProblem, Outliers, QuantizedLayer
-from quantease.quantease import Schedule
+from quantease.sweeps import Residual, Watch, revived_hessian, sweep
 
 SMALLEST = 1e-30  # an eigenvalue, where all inputs are always zero
 POWER_ITERATIONS = 64  # for the largest eigenvalue: from below, within 8 % at 20,000 columns whatever the spectrum

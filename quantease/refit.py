@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantease.descent import Residual
 from quantease.grid import Grid, storable
+from quantease.sweeps import Residual
 
 ZERO_BITS = 16  # a fractional zero point is stored in float16
 

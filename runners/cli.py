@@ -13,15 +13,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from runners.cells import describe, register, state
-from runners.checking import check
+from runners.config.command_line import check
+from runners.config.launchers import prepare_ray
+from runners.config.settings import Settings
 from runners.console import console
 from runners.errors import InputError
-from runners.experiment import run_experiment
-from runners.isolation import interruptible, run_isolated, settle
-from runners.launchers import prepare_ray
-from runners.settings import Settings
-from runners.summary import cells_table, failure_text, next_steps, results_table
+from runners.results.tables import cells_table, failure_text, next_steps, results_table
+from runners.run.experiment import run_experiment
+from runners.sweeps.cells import describe, register, state
+from runners.sweeps.isolation import interruptible, run_isolated, settle
 
 log = logging.getLogger(__name__)
 

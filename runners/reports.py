@@ -15,7 +15,7 @@ import wandb
 from runners.arguments import named_values
 from runners.console import console
 from runners.errors import InputError
-from runners.store import METRICS
+from runners.results.run_folder import METRICS
 from runners.tracking import content
 from runners.tracking.weights_and_biases import logged_in
 

@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runners.cells import registered, state
 from runners.console import console
 from runners.errors import InputError
-from runners.progress import PROGRESS
-from runners.store import METRICS
-from runners.summary import cells_table, counts
+from runners.results.progress import PROGRESS
+from runners.results.run_folder import METRICS
+from runners.results.tables import cells_table, counts
+from runners.sweeps.cells import registered, state
 
 DEFAULTS = {"study": "runs", "results": "results"}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from runners.arguments import named_values
 from runners.console import console
 from runners.errors import InputError
-from runners.store import METRICS
+from runners.results.run_folder import METRICS
 from runners.tracking.content import run_id
 from runners.tracking.weights_and_biases import OFFLINE, data_folder, logged_in
 

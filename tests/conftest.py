@@ -14,8 +14,8 @@ if not torch.cuda.is_available():
 
 from transformers import OPTConfig, OPTForCausalLM
 
-from runners.checking import check
-from runners.settings import Settings
+from runners.config.command_line import check
+from runners.config.settings import Settings
 
 PROJECT = Path(__file__).parents[1]
 SHARED = PROJECT.parent / "shared"

@@ -23,10 +23,10 @@ from pathlib import Path
 from IPython.display import Image, display
 
 import analysis
-from analysis import figures, layer_figures
 from analysis.collect import collect, rows_of
+from analysis.figures import layer_figures, model_figures
+from analysis.figures.style import png
 from analysis.series import summarize
-from analysis.style import png
 
 study = Path(analysis.__file__).parents[1] / "results" / "tiny"
 model = "tiny"
@@ -37,7 +37,7 @@ model = "tiny"
 # %%
 frame = collect(study)
 summary = summarize(frame)
-Image(png(figures.pareto(summary, model)))
+Image(png(model_figures.pareto(summary, model)))
 
 # %% [markdown]
 # Where in the model the error is, at 3 bits.
@@ -50,8 +50,8 @@ Image(png(layer_figures.layer_errors(summarize(at_3_bits), rows_of(at_3_bits, "l
 # Figures that need more than the study has say so.
 
 # %%
-for draw in (figures.against_size, figures.zero_shot, figures.seconds):
+for draw in (model_figures.against_size, model_figures.zero_shot, model_figures.seconds):
     try:
         display(Image(png(draw(summary))))
-    except figures.LeftOut as reason:
+    except model_figures.LeftOut as reason:
         print(f"{draw.__name__}: {reason}")

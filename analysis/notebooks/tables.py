@@ -22,12 +22,13 @@ from pathlib import Path
 from IPython.display import Markdown
 
 import analysis
-from analysis import intervals, papers
+from analysis import intervals
 from analysis.collect import collect
-from analysis.latex import latex
 from analysis.published import published
 from analysis.series import summarize
-from analysis.tables import comparison, markdown
+from analysis.tables import papers
+from analysis.tables.comparison import comparison, markdown
+from analysis.tables.latex import latex
 
 study = Path(analysis.__file__).parents[1] / "results" / "tiny"
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from baselines.gptq import GPTQ
-from quantease import descent
+from quantease import sweeps
+from quantease.coordinate_descent import QuantEase
 from quantease.grid import GridSpec
 from quantease.layer import LayerProblem
-from quantease.quantease import QuantEase
 from runners.benchmark.machine import Rates, layer, seconds
 from tests.reference import ColumnByColumn
 
@@ -64,8 +64,8 @@ def _sweep(problem: LayerProblem, device: torch.device) -> tuple[float, bool]:
     """Seconds of a rounded sweep, and whether its products are made of bfloat16 halves."""
     grid, target = problem.fit_grid(SPEC), problem.weight.T
     w_hat = target.contiguous()
-    residual = descent.Residual(target, w_hat)
-    return seconds(lambda: descent.sweep(w_hat, target, residual, problem.hessian, grid), device), residual.splits
+    residual = sweeps.Residual(target, w_hat)
+    return seconds(lambda: sweeps.sweep(w_hat, target, residual, problem.hessian, grid), device), residual.splits
 
 
 def _column_by_column(problem: LayerProblem, device: torch.device) -> float:

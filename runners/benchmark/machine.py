@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantease.precision import product
-from runners.meter import clock
+from quantease.matmul import product
+from runners.run.environment import clock
 
 MOMENT = 0.05  # seconds
 

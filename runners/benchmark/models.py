@@ -10,13 +10,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from baselines.gptq import GPTQ
+from quantease.coordinate_descent import QuantEase
 from quantease.grid import GridSpec
 from quantease.layer import LayerSolver
-from quantease.quantease import QuantEase
 from runners.benchmark.layers import WIDTHS
-from runners.blocks import Resident
-from runners.meter import Meter, Phases
-from runners.quantization import Plan, Quantization
+from runners.models.blocks import Resident
+from runners.quantization.layerwise import Plan, Quantization
+from runners.run.environment import Meter, Phases
 
 DEPTHS = {"125m": 12, "1.3b": 24, "2.7b": 32, "6.7b": 32, "13b": 40, "30b": 48, "66b": 64}
 HEADS = {"125m": 12, "1.3b": 32, "2.7b": 32, "6.7b": 32, "13b": 40, "30b": 56, "66b": 72}

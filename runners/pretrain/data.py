@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from runners.stdlib import Kind, Part, documents
+from runners.data.stdlib import Kind, Part, documents
 
 END = "</s>"  # between documents, and OPT's token for begin, end and padding
 KINDS: tuple[Kind, ...] = ("docs", "source")

@@ -10,10 +10,10 @@ import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
-from runners.perplexity import cut_windows, perplexity, window_losses
-from runners.schema import Text
-from runners.store import write
-from runners.texts import StandardLibrary
+from runners.config.schema import Text
+from runners.data.datasets import StandardLibrary
+from runners.data.windows import cut_windows, perplexity, window_losses
+from runners.results.run_folder import write
 
 CARD = """# The bundled model
 
@@ -27,7 +27,7 @@ compared on a really trained model where there is no model hub; it has no other 
 **Text.** What Python {python} carries: the language reference (`pydoc_data.topics`), and the docstrings and the source of
 the standard library, whose licence is the PSF's. A hash of each document's name puts it into one of four parts: 80 % to
 train on (with the test suites), 2 % to watch the training with, 8 % to calibrate on and 10 % to evaluate on
-(`runners/stdlib.py`).
+(`runners/data/stdlib.py`).
 
 **Held-out perplexity** of the exported weights, on all windows of {context} tokens of the evaluation part:
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from runners.records import LayerRecord
-from runners.settings import Settings
+from runners.config.settings import Settings
+from runners.results.layers import LayerRecord
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from runners.records import LayerRecord
-from runners.settings import Settings
+from runners.config.settings import Settings
+from runners.results.layers import LayerRecord
 
 LAYER_INDEX, BLOCK, SWEEP = "layer_index", "block", "sweep"  # what the curves are drawn against
 LAYER = "layer/"  # + one of LAYER_VALUES, against LAYER_INDEX

@@ -9,8 +9,8 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-from runners.records import LayerRecord
-from runners.settings import Settings
+from runners.config.settings import Settings
+from runners.results.layers import LayerRecord
 from runners.tracking import content
 from runners.tracking.figures import layer_error_figure, pixels
 

@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from runners.records import LayerRecord
+from runners.results.layers import LayerRecord
 
 
 def layer_error_figure(records: Sequence[LayerRecord]) -> Figure:

@@ -1,0 +1,122 @@
+"""QuantEase (Behdin et al., 2023, https://arxiv.org/abs/2309.01885), Algorithm 2.
+
+Cyclic coordinate descent on ||W X - W_hat X||^2 over the grid, so no matrix is ever inverted or decomposed. Every third
+sweep is relaxed: its columns take their unrounded optimum, which lets the next sweep leave a local minimum.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quantease.grid import Grid, GridSpec
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, takes_rows_alone
+from quantease.refit import refit
+from quantease.sweeps import Residual, Watch, revived_hessian, sweep
+
+LAST_RELAXED = 25  # the authors' code leaves no sweep after this one unrounded
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which of the sweeps round.
+
+    Attributes:
+        num_iters: sweeps over all columns.
+        relax_every: relax one sweep in so many (the second, the fifth, ... for 3); None: round in every sweep.
+    """
+
+    num_iters: int
+    relax_every: int | None
+
+    def __post_init__(self) -> None:
+        if self.num_iters < 1:
+            raise ValueError(f"num_iters must be at least 1, not {self.num_iters}")
+        if self.relax_every is not None and self.relax_every < 2:
+            raise ValueError(f"relax_every must be at least 2, or null for none, not {self.relax_every}")
+
+    def rounds(self, iteration: int) -> bool:
+        """Whether sweep `iteration`, counted from 0, rounds. The last one always does."""
+        if self.relax_every is None or iteration % self.relax_every != 1:
+            return True
+        return iteration > LAST_RELAXED or iteration == self.num_iters - 1
+
+    def only_rounds_after(self, iteration: int) -> bool:
+        """Whether no relaxed sweep follows: then a sweep that changes nothing shows that none of the rest will."""
+        return all(self.rounds(later) for later in range(iteration, self.num_iters))
+
+
+@dataclass(frozen=True)
+class QuantEase:
+    """Algorithm 2, from W or from another method's answer.
+
+    Attributes:
+        num_iters: sweeps over all columns; fewer if a sweep changes no code and so none of the rest would.
+        relax_every: relax one sweep in so many (the second, the fifth, ... for 3); None: round in every sweep.
+        init: the method to start from, on whose grid (and beside whose outliers) the sweeps then stay; None: start from
+            W itself.
+        grid_refits: after the sweeps, solve scales and zero points for the codes and sweep again, so many times. Beyond
+            the paper; zero points become fractional and are counted with 16 bits.
+        sweeps_per_refit: sweeps after each refit.
+        track_objective: record the relative error after every sweep and refit, at the cost of a matrix product each.
+    """
+
+    num_iters: int = 30
+    relax_every: int | None = 3
+    init: LayerSolver | None = None
+    grid_refits: int = 0
+    sweeps_per_refit: int = 3
+    track_objective: bool = False
+
+    def __post_init__(self) -> None:
+        Schedule(self.num_iters, self.relax_every)
+        if self.grid_refits < 0 or self.sweeps_per_refit < 1:
+            raise ValueError("grid_refits must not be negative, and sweeps_per_refit must be at least 1")
+
+    @property
+    def rows_independent(self) -> bool:
+        return self.init is None or takes_rows_alone(self.init)
+
+    def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
+        start = self.init.solve(problem, spec) if self.init else None
+        if start is None:
+            return self._descend(problem, problem.fit_grid(spec), problem.weight)
+        problem = _beside(problem, start)
+        answer = self._descend(problem, start.grid, start.grid.decode(start.codes))
+        return replace(start, codes=answer.codes, grid=answer.grid, history=answer.history)
+
+    def _descend(self, problem: LayerProblem, grid: Grid, start: Tensor) -> QuantizedLayer:
+        hessian = revived_hessian(problem)
+        target = problem.weight.T
+        w_hat = start.T.clone(memory_format=torch.contiguous_format)
+        residual = Residual(target, w_hat)
+        history: list[float] = []
+
+        def track() -> None:
+            if self.track_objective:
+                history.append(problem.relative_error(w_hat.T))
+
+        schedule, watch = Schedule(self.num_iters, self.relax_every), Watch(w_hat.device)
+        for iteration in range(self.num_iters):
+            watched = schedule.only_rounds_after(iteration)
+            rounds = schedule.rounds(iteration)
+            sweep(w_hat, target, residual, hessian, grid if rounds else None, watch if watched else None)
+            track()
+            if watched and watch.settled():
+                break
+        for _ in range(self.grid_refits):
+            grid = refit(w_hat, target, residual, problem.hessian, grid)  # in which dead inputs count for nothing
+            track()
+            for _ in range(self.sweeps_per_refit):
+                sweep(w_hat, target, residual, hessian, grid)
+                track()
+        del residual  # its memory does for the codes
+        return QuantizedLayer(grid.encode(w_hat.T), grid, history=tuple(history))
+
+
+def _beside(problem: LayerProblem, start: QuantizedLayer) -> LayerProblem:
+    """What is left to do for the codes of `start`: beside its outliers, in its scaling of the columns."""
+    if start.outliers is not None:
+        values = replace(start.outliers, values=-start.outliers.values)
+        problem = replace(problem, weight=values.add_to(problem.weight.clone()))
+    return problem if start.column_scale is None else problem.scaled(start.column_scale)

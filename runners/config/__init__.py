@@ -1,0 +1,1 @@
+"""What a run is told: the composed configuration, checked and turned into settings."""

@@ -1,0 +1,37 @@
+"""What conf/ may interpolate: `${project:}`, `${basename:PATH}`, `${run_name:}`, `${gpus:}` and `${choices:GROUP}`."""
+
+import re
+import textwrap
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from runners.config.settings import Settings
+from runners.project import CONF, ROOT
+
+
+def _run_name(*, _root_: DictConfig) -> str:
+    return Settings.from_config(_root_).run_name
+
+
+def _choices(group: str) -> str:
+    """The options of a group, models by family and size, in lines that fit the help page."""
+    names = sorted((path.stem for path in (CONF / group).glob("*.yaml")), key=_family_and_size)
+    return textwrap.fill(", ".join(names), width=90, break_on_hyphens=False).replace("\n", "\n" + 14 * " ")
+
+
+def _family_and_size(name: str) -> tuple[str, float]:
+    """`bloom-1b1` is ("bloom", 1.1e9)."""
+    found = re.fullmatch(r"(.+)-(\d+)(?:\.(\d+))?([mb])(\d*)", name)
+    if not found:
+        return name, 0.0
+    family, whole, fraction, unit, rest = found.groups()
+    return family, float(f"{whole}.{fraction or rest or 0}") * {"m": 1e6, "b": 1e9}[unit]
+
+
+OmegaConf.register_new_resolver("choices", _choices, replace=True)
+OmegaConf.register_new_resolver("project", lambda: str(ROOT), replace=True)
+OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).expanduser().absolute().name, replace=True)
+OmegaConf.register_new_resolver("gpus", torch.cuda.device_count, replace=True)
+OmegaConf.register_new_resolver("run_name", _run_name, replace=True)

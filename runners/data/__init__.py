@@ -1,0 +1,1 @@
+"""Text: data sets, calibration sequences, evaluation windows and the questions of zero-shot tasks."""

@@ -1,0 +1,151 @@
+"""Draw the calibration sequences: seeded, from a split that is never evaluated."""
+
+import random
+from dataclasses import dataclass
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from runners.config.schema import Calibration
+from runners.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token ids (sequences, length), int64.
+
+    Attributes:
+        used: to calibrate on.
+        held_out: from other places of the same text, to measure the layers' errors on; None: there are none.
+    """
+
+    used: Tensor
+    held_out: Tensor | None
+
+    @property
+    def all(self) -> list[Tensor]:
+        """Both kinds, those that there are."""
+        return [self.used] if self.held_out is None else [self.used, self.held_out]
+
+    @property
+    def sha256(self) -> str:
+        """Of the sequences that are calibrated on."""
+        return ids_hash(self.used)
+
+
+def draw_sequences(
+    calibration: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    seed: int,
+    data_root: str | None,
+) -> Sequences:
+    """The calibration sequences, and beside them those that are held out: which ones does not touch the others.
+
+    Raises:
+        InputError: the data set cannot be had, or is too short.
+    """
+    rows = calibration.dataset.rows(data_root)
+    generator = random.Random(seed)
+    draw = _from_documents if calibration.sampling == "documents" else _from_all
+    used, held_out = draw(rows, calibration, tokenizer, length, generator)
+    return Sequences(torch.stack(used), torch.stack(held_out) if held_out else None)
+
+
+def _from_all(
+    rows: list[str], calibration: Calibration, tokenizer: PreTrainedTokenizerBase, length: int, generator: random.Random
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Random windows of all documents joined; those that are held out share no token with the others."""
+    ids = encode(tokenizer, calibration.join.join(rows))
+    if len(ids) < calibration.num_sequences * length:
+        raise InputError(
+            f"calibration={calibration.name} has {len(ids)} tokens, fewer than the {calibration.num_sequences} sequences of "
+            f"{length} that are asked for: lower calibration.num_sequences or model.sequence_length, or take another text"
+        )
+    free = torch.ones(len(ids) - length + 1, dtype=torch.bool)  # where a window may begin
+    starts = [generator.randrange(len(free)) for _ in range(calibration.num_sequences)]
+    for start in starts:
+        free[max(0, start - length + 1) : start + length] = False
+    places = free.nonzero().flatten().tolist()
+    if calibration.held_out and not places:
+        raise too_short_to_hold_out(calibration)
+    others = [places[generator.randrange(len(places))] for _ in range(calibration.held_out)]
+    used, held_out = ([ids[start : start + length] for start in some] for some in (starts, others))
+    return used, held_out
+
+
+def _from_documents(
+    rows: list[str], calibration: Calibration, tokenizer: PreTrainedTokenizerBase, length: int, generator: random.Random
+) -> tuple[list[Tensor], list[Tensor]]:
+    """GPTQ's rule for C4: a random document, if it is longer than a sequence, and a random window of it.
+
+    Those that are held out are windows of documents that the others are not of.
+    """
+    order = list(range(len(rows)))
+    used, taken = _windows_of(rows, order, calibration.num_sequences, tokenizer, length, generator)
+    if len(used) < calibration.num_sequences:
+        raise InputError(
+            f"no document of calibration={calibration.name} is longer than a sequence of {length} tokens: lower "
+            "model.sequence_length, or take another text"
+        )
+    rest = [row for row in order if row not in taken]
+    held_out, _ = _windows_of(rows, rest, calibration.held_out, tokenizer, length, generator)
+    if len(held_out) < calibration.held_out:
+        raise too_short_to_hold_out(calibration)
+    return used, held_out
+
+
+def _windows_of(
+    rows: list[str],
+    order: list[int],
+    count: int,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    generator: random.Random,
+) -> tuple[list[Tensor], set[int]]:
+    """`count` windows, or none if no document is long enough, and the documents that they are of."""
+    sequences: list[Tensor] = []
+    taken: set[int] = set()
+    while len(sequences) < count:
+        generator.shuffle(order)
+        found = len(sequences)
+        for row in order:
+            ids = encode(tokenizer, rows[row])
+            if len(ids) > length:
+                start = generator.randrange(len(ids) - length)
+                sequences.append(ids[start : start + length])
+                taken.add(row)
+            if len(sequences) == count:
+                break
+        if len(sequences) == found:
+            break
+    return sequences, taken
+
+
+def too_short_to_hold_out(calibration: Calibration) -> InputError:
+    """The error for a text of which nothing is left beside the calibration sequences."""
+    return InputError(
+        f"calibration={calibration.name} is too short to hold out {calibration.held_out} sequences that calibration does "
+        "not see: lower calibration.held_out (0: none) or calibration.num_sequences, or take another text"
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """The ids of a text as the tokenizer makes them, special tokens included, int64 (tokens,).
+
+    Raises:
+        InputError: the tokenizer cannot read the text.
+    """
+    try:
+        return torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
+        raise InputError(f"the tokenizer in {tokenizer.name_or_path} cannot read the text: {error}") from error
+
+
+def ids_hash(ids: Tensor) -> str:
+    """The SHA-256 of token ids and their shape, so that two results can be known to rest on the same tokens."""
+    return sha256(f"{tuple(ids.shape)}".encode() + ids.to(torch.int64).cpu().numpy().tobytes()).hexdigest()

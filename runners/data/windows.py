@@ -1,0 +1,97 @@
+"""Perplexity under a named protocol.
+
+A text is its documents joined and tokenized once, cut into windows without overlap, the tail dropped. The perplexity is
+the exponential of the mean negative log-likelihood of the tokens, of which a window of T has T - 1 (GPTQ's protocol:
+https://github.com/IST-DASLab/gptq). The name of the protocol is kept with the number, and so is the hash of the tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from runners.config.schema import Evaluation, Text
+from runners.data.calibration import encode, ids_hash
+from runners.errors import InputError, MissingData
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text as the model will see it, and how it came about.
+
+    Attributes:
+        ids: token ids (windows, length).
+        protocol: the protocol's name, with what deviates from it.
+        tokens: tokens of the whole text, before windows were cut.
+    """
+
+    ids: Tensor
+    protocol: str
+    tokens: int
+
+    @property
+    def sha256(self) -> str:
+        return ids_hash(self.ids)
+
+
+def cut_texts(
+    evaluation: Evaluation, tokenizer: PreTrainedTokenizerBase, length: int, data_root: str | None
+) -> tuple[dict[str, Windows], dict[str, str]]:
+    """All evaluation texts, cut into windows; and why any was skipped, where that is allowed.
+
+    Raises:
+        InputError: as `cut_windows` does.
+    """
+    windows, skipped = {}, {}
+    for name, text in evaluation.texts.items():
+        try:
+            windows[name] = cut_windows(name, text, tokenizer, length, data_root)
+        except MissingData as error:
+            if not evaluation.skip_missing:
+                raise
+            skipped[name] = str(error)
+    return windows, skipped
+
+
+def cut_windows(
+    name: str, text: Text, tokenizer: PreTrainedTokenizerBase, length: int, data_root: str | None
+) -> Windows:
+    """Tokenize one evaluation text and cut it into windows of `length` tokens.
+
+    Raises:
+        InputError: the data set cannot be had, or is shorter than one window.
+    """
+    rows = text.dataset.rows(data_root)
+    protocol = text.protocol
+    if text.max_documents is not None:
+        if len(rows) < text.max_documents:
+            protocol += f" ({len(rows)} documents)"  # a sample of the data set: not the published protocol
+        rows = rows[: text.max_documents]
+    ids = encode(tokenizer, text.join.join(rows))
+    count = len(ids) // length
+    if count == 0:
+        raise InputError(
+            f"the text {name} has {len(ids)} tokens, fewer than one window of {length}: lower model.sequence_length or take "
+            "another text"
+        )
+    count = min(count, text.max_windows or count)
+    return Windows(ids[: count * length].reshape(count, length), protocol, len(ids))
+
+
+@torch.no_grad()
+def window_losses(model: Any, windows: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """The mean negative log-likelihood (nats) of each window, float64, batch by batch."""
+    device = next(model.parameters()).device
+    for batch in windows.split(batch_size):
+        ids = batch.to(device)
+        logits = model(ids, use_cache=False).logits[:, :-1].float()
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        yield losses.double().reshape(len(batch), -1).mean(dim=1).cpu()
+
+
+def perplexity(losses: Tensor) -> float:
+    """exp of the mean over windows; all windows have the same number of tokens."""
+    return losses.mean().exp().item()

@@ -1,0 +1,1 @@
+"""Perplexity, agreement with the unquantized model, and zero-shot accuracy."""

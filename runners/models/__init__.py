@@ -1,0 +1,1 @@
+"""Checkpoints and decoders: found, verified, read block by block, and walked through."""

@@ -1,0 +1,226 @@
+"""Find a checkpoint, check it before anything is spent on it, and load it: safetensors only, and no code from it."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from quantease.grid import GridSpec
+from runners.config.schema import DTYPES, Model
+from runners.data.datasets import hub_answers, why_not
+from runners.errors import InputError
+from runners.models.blocks import decoder_blocks, linear_layers
+from runners.models.verify import check_config, check_tensors, check_tokenizer, refuse_unused
+
+log = logging.getLogger(__name__)
+
+LONGEST = 2048  # tokens of a sequence, the field's convention for calibration and perplexity
+PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this disk that looks sound: its files are there, whole, and of an architecture that can be walked.
+
+    Attributes:
+        skeleton: the model without its weights (on the meta device).
+        revision: the hub's commit that the files are of; None for a folder.
+        sequence_length: tokens of a calibration sequence and of an evaluation window.
+    """
+
+    folder: Path
+    skeleton: nn.Module
+    revision: str | None
+    sequence_length: int
+
+    @property
+    def config(self) -> Any:
+        return self.skeleton.config
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of a weight in the checkpoint."""
+        return torch.finfo(self.config.dtype or torch.float32).bits
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.skeleton.parameters())
+
+
+def open_checkpoint(model: Model) -> Checkpoint:
+    """Find and check a checkpoint; downloads it where `model.path` names a repository of the hub.
+
+    Raises:
+        InputError: the checkpoint is missing, incomplete, truncated, pickled, or of an architecture that is not supported.
+    """
+    transformers_logging.set_verbosity_error()
+    folder, revision = (model.folder, None) if model.folder else _download(model)
+    check_files(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # transformers answers a bad config.json with whatever its classes raise
+        raise InputError(
+            f"transformers cannot build the model that {folder}/config.json describes: {_one_line(error)}"
+        ) from error
+    if str(config.dtype or torch.float32).removeprefix("torch.") not in DTYPES:
+        raise InputError(f"dtype in {folder}/config.json is {config.dtype}, not one of {', '.join(DTYPES)}")
+    decoder_blocks(skeleton)
+    return Checkpoint(folder, skeleton, revision, model.sequence_length or _sequence_length(config))
+
+
+def load(checkpoint: Checkpoint, model: Model, device: torch.device) -> nn.Module:
+    """The model with its weights, on `device`, ready for inference.
+
+    Raises:
+        InputError: a weight is missing, has another shape than config.json says, or is not finite.
+    """
+    dtype = getattr(torch, model.dtype) if model.dtype else "auto"
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded: Any
+        loaded, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            checkpoint.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise InputError(
+            f"the weights in {checkpoint.folder} do not fit its config.json: {_one_line(error)}"
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(f"{checkpoint.folder} holds no weights for {missing[0]} ({len(missing)} are missing)")
+    refuse_unused(checkpoint.folder, info["unexpected_keys"])
+    loaded = loaded.to(device).eval().requires_grad_(False)
+    for name, parameter in loaded.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(
+                f"the weight {name} in {checkpoint.folder} contains NaN or infinity: the checkpoint is damaged"
+            )
+    return loaded
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        InputError: there is none, or it does not fit the model's vocabulary.
+    """
+    check_tokenizer(checkpoint.folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"the tokenizer in {checkpoint.folder} cannot be loaded: {_one_line(error)}") from error
+    tokenizer.model_max_length = int(1e30)  # texts are cut into windows here; no warnings about their length
+    return tokenizer
+
+
+def check_divisibility(checkpoint: Checkpoint, spec: GridSpec) -> None:
+    """Refuse a group size that does not divide the rows of every layer that is to be quantized.
+
+    Raises:
+        InputError: naming the first such layer.
+    """
+    for index, block in enumerate(decoder_blocks(checkpoint.skeleton)):
+        for name, layer in linear_layers(block).items():
+            if not spec.divides(layer.in_features):
+                raise InputError(
+                    f"group_size={spec.group_size} does not divide the {layer.in_features} inputs of {name} in block "
+                    f"{index}: take a divisor of every layer's inputs, or group_size=null for one scale per row"
+                )
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a folder that is not a whole safetensors checkpoint, or whose config.json asks for another one.
+
+    Raises:
+        InputError: saying which file is missing, damaged or does not fit.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}: model.path must name a Hugging Face model folder")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no config.json, so it is not a Hugging Face model folder")
+    index = folder / "model.safetensors.index.json"
+    files = [folder / "model.safetensors"] if (folder / "model.safetensors").is_file() else _shards(index)
+    if not files:
+        if any(found for pattern in PICKLES for found in folder.glob(pattern)):
+            raise InputError(
+                f"the weights in {folder} are pickled, and unpickling runs code: convert them to safetensors, for example "
+                "by loading them where you trust them and calling save_pretrained"
+            )
+        raise InputError(f"{folder} holds no weights: there is neither model.safetensors nor {index.name}")
+    check_config(folder, tensors=check_tensors(files))
+
+
+def _download(model: Model) -> tuple[Path, str]:
+    """A snapshot of a hub repository: its folder and commit."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    online = hub_answers()
+    revision = model.revision
+    try:
+        if online:
+            api = HfApi()
+            files = api.list_repo_files(model.path, revision=revision)
+            if not any(file.endswith(".safetensors") for file in files) and revision is None:
+                revision = _converted(api, model.path)
+        folder = Path(snapshot_download(model.path, revision=revision, allow_patterns=PATTERNS))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the model {model.path} is neither a folder here nor to be had from the hub ({why_not(error)}). Go online, "
+            "or take a folder: model=local model.path=FOLDER"
+        ) from error
+    return folder, folder.name
+
+
+def _converted(api: Any, path: str) -> str:
+    """The hub's own conversion to safetensors, which waits as a pull request in repositories that only hold pickles."""
+    for discussion in api.get_repo_discussions(path, author="SFconvertbot", discussion_status="open"):
+        if discussion.is_pull_request and "safetensors" in discussion.title:
+            log.info("%s holds pickled weights: taking the hub's conversion, %s", path, discussion.git_reference)
+            return discussion.git_reference
+    raise InputError(
+        f"{path} holds pickled weights only, and unpickling runs code: ask the hub's safetensors converter for a pull "
+        "request and name it with model.revision=refs/pr/NUMBER"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    if not index.is_file():
+        return []
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise InputError(f"{index} is damaged: it does not map weights to files") from error
+    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise InputError(f"{index} names a file outside its folder: {outside[0]}")
+    if others := sorted(name for name in names if not name.endswith(".safetensors")):
+        raise InputError(f"{index} names {others[0]}, which is not a safetensors file")
+    return [index.parent / name for name in sorted(names)]
+
+
+def _sequence_length(config: Any) -> int:
+    """The longest sequence the model was made for, at most 2,048. BLOOM (alibi) calls it seq_length, or nothing."""
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "seq_length", None) or LONGEST
+    if type(longest) is not int or longest < 2:
+        raise InputError(f"config.json says that the model takes {longest!r} tokens: it must be a number of at least 2")
+    return min(longest, LONGEST)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

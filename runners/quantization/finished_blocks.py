@@ -1,0 +1,149 @@
+"""The finished blocks of a run, on disk: what a run that was killed goes on from.
+
+`checkpoint/identity.json` says what the blocks are of. Each block is a safetensors file with its codes, scales, zero points
+and outliers, and a manifest with that file's checksum and the records of its layers, written last: a block is finished if
+and only if its manifest is there and its checksum is right.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from quantease.layer import QuantizedLayer
+from runners.errors import InputError
+from runners.quantization.packing import pack, unpack
+from runners.results.layers import LayerRecord
+from runners.results.run_folder import write, write_tensors
+from runners.storage.fingerprint import file_sha256
+
+log = logging.getLogger(__name__)
+
+FOLDER = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known of a finished block.
+
+    Attributes:
+        sha256: of its safetensors file.
+        records: of its layers.
+        memory: `Memory.state` with which the block was left.
+        seconds: spent on it, by phase.
+    """
+
+    sha256: str
+    records: list[LayerRecord]
+    memory: dict[str, Any]
+    seconds: dict[str, float]
+
+
+class FinishedBlocks:
+    """The blocks of one run, finished one after the other.
+
+    Args:
+        folder: of the run.
+        identity: all that must be the same for a run to go on: each part by its name.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder = folder / FOLDER
+        self.identity = identity
+        self.manifests: list[Manifest] = []
+
+    def begin(self) -> int:
+        """Read what an earlier process has left behind; returns how many blocks need not be done again.
+
+        Raises:
+            InputError: what is there belongs to other settings, code, libraries, model or calibration data.
+        """
+        file = self.folder / "identity.json"
+        if not file.exists():
+            discard(self.folder.parent)
+            write(file, json.dumps(self.identity, indent=2) + "\n")
+            return 0
+        self._refuse_another(file)
+        while (manifest := self._manifest(len(self.manifests))) is not None:
+            self.manifests.append(manifest)
+        return len(self.manifests)
+
+    def save(self, index: int, layers: dict[str, QuantizedLayer], manifest: dict[str, Any]) -> None:
+        """Write a block: its tensors, then its manifest (but for the checksum)."""
+        tensors, metadata = pack(layers)
+        write_tensors(self._file(index), tensors, metadata)
+        whole = Manifest(sha256=file_sha256(self._file(index)), **manifest)
+        content = dataclasses.asdict(whole)
+        sealed = {"content": content, "checksum": _checksum(content)}
+        write(self._file(index).with_suffix(".json"), json.dumps(sealed) + "\n")
+        self.manifests.append(whole)
+
+    def layers(self, index: int, device: str) -> dict[str, QuantizedLayer]:
+        """The quantized layers of a finished block. Layers that were left alone are not among them."""
+        with safe_open(self._file(index), framework="pt", device=device) as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dictionary
+            return unpack(tensors, opened.metadata())
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the whole quantized checkpoint: of its blocks' digests, in order."""
+        return sha256("".join(manifest.sha256 for manifest in self.manifests).encode()).hexdigest()
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    def _manifest(self, index: int) -> Manifest | None:
+        file = self._file(index)
+        try:
+            sealed = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+            written = sealed["content"]
+            if _checksum(written) != sealed["checksum"]:
+                raise ValueError("the checksum of its manifest is another")
+            records = [
+                LayerRecord(**(record | {"history": tuple(record["history"])})) for record in written.pop("records")
+            ]
+            manifest = Manifest(records=records, **written)
+            if file_sha256(file) != manifest.sha256:
+                raise ValueError("its checksum is another")
+            self.layers(index, "cpu")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            # ValueError: JSON and text that are none; RuntimeError: JSON that is too deep, tensors of another shape
+            log.warning("block %d in %s is damaged (%s): going on from the block before it", index, self.folder, error)
+            return None
+        return manifest
+
+    def _refuse_another(self, file: Path) -> None:
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            different = [name for name in self.identity if found.get(name) != self.identity[name]]
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise InputError(f"{file} is damaged ({error}): start this run again with force=true") from error
+        if different:
+            name = different[0]
+            raise InputError(
+                f"{self.folder} holds blocks of an unfinished run with another {name} "
+                f"({_short(found.get(name))}, now {_short(self.identity[name])}): going on would mix the two. Go back to "
+                "that, or start this run again with force=true"
+            )
+
+
+def discard(folder: Path) -> None:
+    """Delete the finished blocks of a run's folder."""
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+
+
+def _checksum(content: Any) -> str:
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _short(value: Any) -> str:
+    words = json.dumps(value)
+    return words if len(words) <= 60 else f"{sha256(words.encode()).hexdigest()[:10]}..."

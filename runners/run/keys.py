@@ -1,0 +1,51 @@
+"""What a number, or a part of it that is kept for later, depends on."""
+
+import platform
+from typing import Any
+
+from runners.config.settings import Settings
+from runners.data.calibration import ids_hash
+from runners.run.environment import device_name, versions
+from runners.run.preflight import Inputs
+from runners.storage.fingerprint import checkpoint_fingerprint, code_fingerprint
+
+OF_ACTIVATIONS = (  # the code that makes them
+    "runners/models/blocks.py",
+    "runners/models/activations.py",
+    "runners/quantization/input_statistics.py",
+    "runners/models/streaming.py",
+    "quantease/matmul.py",
+)
+
+
+def model_key(settings: Settings, inputs: Inputs) -> dict[str, Any]:
+    """What the activations of the unquantized model depend on, beside the tokens."""
+    return {
+        "model": checkpoint_fingerprint(inputs.checkpoint.folder),
+        "dtype": settings.model.dtype,
+        "batch_size": inputs.batch_size,
+        "code": code_fingerprint(*OF_ACTIVATIONS),
+        "versions": versions(),
+        "device": device_name(inputs.device),
+    }
+
+
+def statistics_key(settings: Settings, inputs: Inputs) -> dict[str, Any]:
+    """What calibration on the unquantized model depends on."""
+    sequences = inputs.sequences
+    held_out = None if sequences is None or sequences.held_out is None else ids_hash(sequences.held_out)
+    return model_key(settings, inputs) | {"ids": None if sequences is None else sequences.sha256, "held_out": held_out}
+
+
+def resume_identity(settings: Settings, inputs: Inputs) -> dict[str, Any]:
+    """What must be the same for an unfinished run to go on; each name stands in the sentence that refuses."""
+    key = statistics_key(settings, inputs)
+    return {
+        "configuration": settings.identity(),
+        "code version": code_fingerprint(),
+        "library version": key["versions"] | {"python": platform.python_version()},
+        "model": key["model"],
+        "set of calibration sequences": [key["ids"], key["held_out"]],
+        "device": key["device"],
+        "batch_size": key["batch_size"],
+    }

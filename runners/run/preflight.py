@@ -1,0 +1,97 @@
+"""What is checked, and fetched, before weights are loaded: everything that can be wrong is wrong here, in seconds."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from runners.config.settings import Settings
+from runners.data.calibration import Sequences, draw_sequences
+from runners.data.windows import Windows, cut_texts
+from runners.errors import InputError
+from runners.evaluation.tasks import ReadyTask, prepare_tasks
+from runners.models.checkpoint import Checkpoint, check_divisibility, load_tokenizer, open_checkpoint
+from runners.run.environment import environment
+
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}  # that go through at once: what the caches hold, what keeps it busy
+BLOCK_SHARE = 0.2  # of the GPU's memory that a batch may take inside a block
+BLOCK_WIDTHS = 16  # that it takes, times the width of the model, a token: the block's inner activations
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that preflight has found to be in order."""
+
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    sequences: Sequences | None  # the calibration data
+    windows: dict[str, Windows]
+    tasks: list[ReadyTask]
+    skipped: dict[str, str]  # texts and tasks whose data set cannot be had, and why
+    batch_size: int  # sequences that are held, and go through the model, together
+
+
+def preflight(settings: Settings) -> Inputs:
+    """Check whatever can be checked before weights are loaded.
+
+    Raises:
+        InputError: the first thing that is wrong.
+    """
+    try:
+        device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # kernels are launched on the current one
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={settings.device} cannot be used: {str(error).splitlines()[0]}") from error
+    checkpoint = open_checkpoint(settings.model)
+    if settings.quantizes:
+        check_divisibility(checkpoint, settings.grid)
+    tokenizer = load_tokenizer(checkpoint)
+    length = checkpoint.sequence_length
+    windows, skipped = cut_texts(settings.evaluation, tokenizer, length, settings.data_root)
+    tasks, missing = prepare_tasks(settings.evaluation.tasks, settings.data_root)
+    sequences = None
+    if settings.quantizes:
+        sequences = draw_sequences(settings.calibration, tokenizer, length, settings.seed, settings.data_root)
+    tokens = [text.ids for text in windows.values()] + ([] if sequences is None else sequences.all)
+    _check_vocabulary(max((int(ids.max()) for ids in tokens), default=0), checkpoint)
+    batch_size = settings.batch_size or _batch_size(checkpoint, device)
+    return Inputs(checkpoint, tokenizer, device, sequences, windows, tasks, skipped | missing, batch_size)
+
+
+def _check_vocabulary(largest: int, checkpoint: Checkpoint) -> None:
+    size = checkpoint.config.get_text_config().vocab_size
+    if largest >= size:
+        raise InputError(
+            f"the tokenizer in {checkpoint.folder} makes the id {largest}, but the model has only {size}: they do not "
+            "belong together"
+        )
+
+
+def _batch_size(checkpoint: Checkpoint, device: torch.device) -> int:
+    """Sequences that keep the device busy and fit into it."""
+    tokens: float = BATCH_TOKENS.get(device.type, 2048)
+    if device.type == "cuda":  # all of its memory, not what is free: a run must find the same size again
+        _, whole = torch.cuda.mem_get_info(device)
+        tokens = min(tokens, BLOCK_SHARE * whole / (BLOCK_WIDTHS * checkpoint.config.get_text_config().hidden_size * 4))
+    return max(1, int(tokens / checkpoint.sequence_length))
+
+
+def run_environment(inputs: Inputs) -> dict[str, Any]:
+    """What `environment.json` says of a run: the machine and its libraries, the model, the tokens."""
+    texts = {
+        name: {"sha256": windows.sha256, "tokens": windows.tokens, "windows": list(windows.ids.shape)}
+        for name, windows in inputs.windows.items()
+    }
+    sequences = inputs.sequences
+    return environment(inputs.device) | {
+        "model_revision": inputs.checkpoint.revision,
+        "sequence_length": inputs.checkpoint.sequence_length,
+        "texts": texts,
+        "calibration": None
+        if sequences is None
+        else {"sha256": sequences.sha256, "sequences": list(sequences.used.shape)},
+    }

@@ -1,0 +1,76 @@
+"""The cells of a study and how far each has come, read from its folder."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from runners.config.settings import Settings
+from runners.errors import InputError
+from runners.results.progress import owner, read_progress, where
+from runners.results.run_folder import RunFolder, claim, write
+from runners.results.tables import differences
+
+CELLS = "cells.json"  # in a study's folder: what its sweeps are to run, by run folder
+
+
+def describe(cells: Sequence[Settings]) -> list[dict[str, Any]]:
+    """One row a cell: what it is, and under `status` and `error` how far it has come."""
+    unique = list({cell.folder: cell for cell in cells}.values())
+    rows = zip(unique, differences(unique), strict=True)
+    return [_label(cell, difference) | state(cell.folder) for cell, difference in rows]
+
+
+def state(folder: Path) -> dict[str, Any]:
+    """How far the run in a folder has come.
+
+    Returns:
+        The run's metrics where it has ended. Else `status`, which is `running`, `unfinished` (blocks of it are on disk),
+        `interrupted` or `missing`; `error`, which says more; and where it is running, `progress`.
+    """
+    run = RunFolder(folder)
+    try:
+        metrics = run.metrics()
+    except InputError as error:
+        return {"status": "failed", "reason": "damaged", "error": str(error)}
+    if metrics is not None and metrics.get("reason") != "interrupted":
+        return metrics
+    progress = read_progress(folder)
+    if run.is_running():
+        seen = "" if progress is None else f"{where(progress).removeprefix('during ')}; "
+        return {"status": "running", "error": seen + owner(progress), "progress": progress}
+    last = metrics["error"] if metrics else "" if progress is None else f"its process died {where(progress)}"
+    if blocks := len(list(folder.glob("checkpoint/block-*.json"))):
+        return {"status": "unfinished", "error": "; ".join([f"{blocks} blocks are on disk", *([last] if last else [])])}
+    return {"status": "interrupted" if last else "missing", "error": last or "it did not run"}
+
+
+def register(cells: Sequence[Settings]) -> None:
+    """Write down what a sweep is to run, references included, beside what other sweeps of its study have written."""
+    for study in {cell.study_folder for cell in cells}:
+        mine = [cell for cell in cells if cell.study_folder == study]
+        references = {cell.reference().folder: cell.reference() for cell in mine if cell.quantizes}
+        unique = list((references | {cell.folder: cell for cell in mine}).values())
+        rows = zip(unique, differences(unique), strict=True)
+        labels = {cell.folder.relative_to(study).as_posix(): _label(cell, difference) for cell, difference in rows}
+        with claim(study / f".{CELLS}.lock", -1):
+            write(study / CELLS, json.dumps(registered(study) | labels, indent=1) + "\n")
+
+
+def registered(study: Path) -> dict[str, dict[str, Any]]:
+    """What the sweeps of a study are to run, by run folder.
+
+    Raises:
+        InputError: the list is damaged.
+    """
+    try:
+        return json.loads((study / CELLS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{study / CELLS} cannot be read ({error}): delete it, and start the sweep again") from error
+
+
+def _label(cell: Settings, difference: str) -> dict[str, Any]:
+    bits = {"bits": cell.bits} if cell.quantizes else {}
+    return {"method": cell.method.name, "model": cell.model.name, **bits, "setting": difference}

@@ -1,0 +1,112 @@
+"""Tables as the papers have them: their order, what stands in a cell, and that it is the same in every format."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis.collect import collect
+from analysis.intervals import losses, pairs, winners
+from analysis.published import published
+from analysis.series import Row, summarize
+from analysis.tables.latex import escape, latex
+from analysis.tables.papers import Paper, markdown, metrics, paper
+from tests.studies import write_run, write_study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="module")
+def summary(study: Path) -> list[Row]:
+    return summarize(collect(study))
+
+
+@pytest.fixture(scope="module")
+def perplexity(study: Path, summary: list[Row]) -> Paper:
+    bold = winners(pairs(summary, losses(collect(study))))
+    return paper(summary, metrics(summary)[0], bold, published())
+
+
+def test_there_is_one_table_a_text_and_a_task(summary: list[Row]) -> None:
+    assert [metric.column for metric in metrics(summary)] == [
+        "ppl/wikitext2",
+        "zero_shot/piqa/acc",
+        "agreement/wikitext2/kl",
+        "agreement/wikitext2/top1",
+    ]
+
+
+def test_models_stand_by_family_and_size_and_full_precision_first(perplexity: Paper) -> None:
+    header, _, *rows = markdown(perplexity).split("\n\n")[1].splitlines()
+    assert [name.strip() for name in header.split("|")[5:-1]] == ["bloom-560m", "opt-125m", "opt-1.3b", "opt-13b"]
+    lines = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [(line[0], line[1]) for line in lines[:3]] == [("fp16", ""), ("rtn", "4"), ("gptq", "4")]
+    assert lines[-1][:4] == ["quantease_outlier", "3", "per-channel", "3.01"]
+
+
+def test_a_cell_is_its_runs_mean_beside_the_published_number(study: Path, perplexity: Paper) -> None:
+    (cell,) = [
+        cell for cell in perplexity.cells if (cell["model"], cell["method"], cell["bits"]) == ("opt-1.3b", "gptq", 3)
+    ]
+    values = [
+        json.loads((study / run / "metrics.json").read_text())["ppl/wikitext2"] for run in cell["runs"].split("; ")
+    ]
+    assert len(values) == 2
+    assert cell["value"] == pytest.approx(sum(values) / 2)
+    assert cell["published"] == "20.97"
+    assert float(cell["difference"].replace("−", "-")) == pytest.approx(cell["value"] - 20.97, abs=0.005)
+    assert f"{cell['value']:.2f} ± {cell['sd']:.2f} (20.97ᵃ {cell['difference']})" in markdown(perplexity)
+    assert "ᵃ published: GPTQ paper, WikiText-2 perplexities, https://arxiv.org/abs/2210.17323" in markdown(perplexity)
+
+
+def test_of_two_sources_both_are_shown(perplexity: Paper) -> None:
+    (cell,) = [cell for cell in perplexity.cells if (cell["model"], cell["method"]) == ("opt-1.3b", "fp16")]
+    assert cell["published"] == "14.63; 14.62"
+    assert re.fullmatch(r"14\.63ᵃ \+\d+\.\d\d; 14\.62ᵇ \+\d+\.\d\d", cell["beside"])
+
+
+def test_bold_is_the_same_in_every_format(perplexity: Paper) -> None:
+    winning = [cell for cell in perplexity.cells if cell["bold"]]
+    assert {cell["method"] for cell in winning} == {"quantease_outlier"}
+    for cell in winning:
+        assert f"**{cell['printed']}**" in markdown(perplexity)
+        assert f"\\textbf{{{escape(cell['printed'])}}}" in latex(perplexity)
+
+
+def test_latex_is_whole(perplexity: Paper) -> None:
+    text = latex(perplexity)
+    body = text.split("\\midrule\n")[1].split("\\bottomrule")[0].splitlines()
+    assert len(body) == 9
+    assert {line.count("&") - line.count("\\&") for line in body} == {7}
+    assert text.count("{") - text.count("\\{") == text.count("}") - text.count("\\}")
+    assert "quantease\\_outlier" in text
+    assert not set("±−–ᵃᵇ†") & set(text)
+    assert re.findall(r"\\(toprule|midrule|bottomrule)", text) == ["toprule", "midrule", "bottomrule"]
+    assert escape("50% of a_b & $5") == r"50\% of a\_b \& \$5"
+
+
+def test_a_model_without_a_run_has_an_empty_cell_and_shares_are_per_cent(tmp_path: Path) -> None:
+    base: dict[str, Any] = {"status": "done", "parameters": 1000, "bits_per_weight": 3.0, "bits": 3}
+    write_run(tmp_path, "a", model="a-1b", method="rtn", **base | {"agreement/t/top1": 0.875})
+    write_run(tmp_path, "b", model="b-1b", method="gptq", **base | {"agreement/t/top1": 0.9})
+    summary = summarize(collect(tmp_path))
+    table = paper(summary, metrics(summary)[0], set(), [])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown(table).splitlines()[4:6]]
+    assert rows == [["rtn", "3", "per-channel", "3.00", "87.50", ""], ["gptq", "3", "per-channel", "3.00", "", "90.00"]]
+
+
+def test_series_of_one_cell_are_told_apart_by_their_settings(tmp_path: Path) -> None:
+    for sweeps in (10, 30):
+        base = {"status": "done", "bits_per_weight": 3.0, "bits": 3, "series": f"s{sweeps}", "ppl/t": 9.0}
+        folder = write_run(tmp_path, f"q{sweeps}", model="m", method="quantease", **base)
+        (folder / "config.yaml").write_text(
+            f"method:\n  solver:\n    sweeps: {sweeps}\n    damping: 0\nseed: {sweeps}\n"
+        )
+    summary = summarize(collect(tmp_path))
+    assert [row["label"] for row in summary] == ["quantease sweeps=10", "quantease sweeps=30"]
+    assert len(markdown(paper(summary, metrics(summary)[0], set(), [])).splitlines()) == 6

@@ -1,0 +1,177 @@
+"""The walk over the blocks: it must be the model's own forward pass, for every family."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from runners.errors import InputError
+from runners.models.activations import Walk
+from runners.models.blocks import Resident, decoder_blocks, linear_layers
+from runners.models.memory import Memory
+from runners.quantization.input_statistics import input_statistics, shared_inputs
+from tests.families import FAMILIES, random_ids, random_model
+
+# Which layers share an input, in the order in which the block uses them.
+SHARED = {
+    "opt": [{"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, {"self_attn.out_proj"}, {"fc1"}, {"fc2"}],
+    "bloom": [
+        {"self_attention.query_key_value"},
+        {"self_attention.dense"},
+        {"mlp.dense_h_to_4h"},
+        {"mlp.dense_4h_to_h"},
+    ],
+    "falcon-7b": [  # attention and MLP are parallel and see the same layer norm
+        {"self_attention.query_key_value", "mlp.dense_h_to_4h"},
+        {"self_attention.dense"},
+        {"mlp.dense_4h_to_h"},
+    ],
+    "falcon-40b": [  # parallel too, but each with a norm of its own
+        {"self_attention.query_key_value"},
+        {"self_attention.dense"},
+        {"mlp.dense_h_to_4h"},
+        {"mlp.dense_4h_to_h"},
+    ],
+    "llama": [
+        {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
+        {"self_attn.o_proj"},
+        {"mlp.gate_proj", "mlp.up_proj"},
+        {"mlp.down_proj"},
+    ],
+    "gpt2": [{"attn.c_attn"}, {"attn.c_proj"}, {"mlp.c_fc"}, {"mlp.c_proj"}],
+}
+
+
+def outputs_of_blocks(model: Any, ids: Tensor) -> list[Tensor]:
+    """What leaves each block in the model's own forward pass."""
+    outputs: list[Tensor] = []
+    keep: Callable[..., None] = lambda _m, _a, out: outputs.append(out[0] if isinstance(out, tuple) else out)
+    handles = [block.register_forward_hook(keep) for block in decoder_blocks(model)]
+    model(ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_walk_is_the_models_own_forward_pass(family: str) -> None:
+    model, ids = random_model(family), random_ids(7)  # 7 = 3 + 3 + 1: the last batch is smaller
+    walk = Walk(Resident(model), ids, batch_size=3)
+    expected = [outputs_of_blocks(model, batch) for batch in ids.split(3)]
+    for index in range(len(walk.blocks)):
+        walk.advance(index)
+        for mine, theirs in zip(walk.hidden, expected, strict=True):
+            assert torch.equal(mine, theirs[index])
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_layers_that_share_an_input_are_found(family: str) -> None:
+    walk = Walk(Resident(random_model(family)), random_ids(2), batch_size=2)
+    assert [set(group) for group in shared_inputs(walk, 1)] == SHARED[family]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_statistics_are_those_of_what_enters_each_layer(family: str) -> None:
+    model, ids = random_model(family), random_ids(5)
+    inputs: dict[str, list[Tensor]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _module, args: inputs.setdefault(name, []).append(args[0])
+
+    layers = linear_layers(decoder_blocks(model)[0])
+    handles = [layer.module.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
+    model(ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    walk = Walk(Resident(model), ids, batch_size=2)
+    groups = shared_inputs(walk, 0)
+    assert sorted(name for group in groups for name in group) == sorted(layers)
+    for group, statistics in zip(groups, input_statistics(walk, 0, groups), strict=True):
+        for name in group:
+            x = inputs[name][0].flatten(0, -2).double()
+            torch.testing.assert_close(statistics.hessian.double(), x.T @ x / len(x), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(statistics.mean_input.double(), x.abs().mean(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_layer_is_seen_as_out_by_in_however_it_is_stored(family: str) -> None:
+    block = decoder_blocks(random_model(family))[0]
+    name, layer = next(iter(linear_layers(block).items()))
+    x = torch.randn(3, layer.in_features)
+    bias = layer.module.bias if layer.module.bias is not None else torch.zeros(())
+    torch.testing.assert_close(layer.module(x), x @ layer.weight.T + bias)
+    layer.replace(torch.ones_like(layer.weight))
+    assert block.get_parameter(f"{name}.weight").eq(1).all()
+
+
+def test_weights_outside_linear_layers_are_refused() -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(InputError, match=r"keeps weights outside linear layers \(mlp\..*would stay unquantized"):
+        decoder_blocks(model)
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    model = random_model("opt")
+    model._no_split_modules = ["SomethingElse"]
+    with pytest.raises(InputError, match="no list of 2 decoder blocks"):
+        decoder_blocks(model)
+
+
+def test_a_layer_that_is_never_used_shares_no_input() -> None:
+    model = random_model("opt")
+    model.model.decoder.layers[0].spare = nn.Linear(32, 32)
+    walk = Walk(Resident(model), random_ids(2), batch_size=2)
+    assert "spare" not in {name for group in shared_inputs(walk, 0) for name in group}
+
+
+def test_activations_that_are_not_finite_are_noticed_and_go_no_further() -> None:
+    model = random_model("llama")
+    model.model.layers[0].mlp.up_proj.weight.fill_(1e38)
+    walk = Walk(Resident(model), random_ids(2), batch_size=2)
+    groups = shared_inputs(walk, 0)
+    finite = dict(zip(groups, (statistics.finite for statistics in input_statistics(walk, 0, groups)), strict=True))
+    assert not finite["mlp.down_proj",]
+    assert sum(finite.values()) == len(groups) - 1
+    with pytest.raises(InputError, match=r"activations that leave block 0 are not finite: try model\.dtype=bfloat16"):
+        walk.advance(0)
+
+
+def test_arguments_that_depend_on_the_text_are_refused() -> None:
+    model = random_model("opt")
+    decoder = model.model.decoder
+    forward = decoder.layers[1].forward
+    decoder.layers[1].forward = lambda hidden, *args, extra=None, **kwargs: forward(hidden, *args, **kwargs)
+    decoder.layers[1].register_forward_pre_hook(
+        lambda _m, args, kwargs: (args, kwargs | {"extra": args[0] if args else kwargs["hidden_states"]}),
+        with_kwargs=True,
+    )
+    with pytest.raises(InputError, match=r"block 1 .* depend on the text"):
+        Walk(Resident(model), random_ids(2), batch_size=2)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_activations_in_host_memory_change_nothing(family: str) -> None:
+    """Run on a GPU where there is one, with copies ahead of the work; else the bookkeeping alone."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, ids = random_model(family).to(device), random_ids(7)
+    near, far = (
+        Walk(Resident(model), ids, 3, memory=Memory(offload=False)),
+        Walk(Resident(model), ids, 3, memory=Memory(offload=True)),
+    )
+    assert all(batch.device.type == "cpu" for batch in far.hidden)
+    for index in range(len(near.blocks)):
+        groups = shared_inputs(near, index)
+        assert shared_inputs(far, index) == groups
+        pairs = zip(input_statistics(near, index, groups), input_statistics(far, index, groups), strict=True)
+        assert all(torch.equal(a.hessian, b.hessian) for a, b in pairs)
+        near.advance(index)
+        far.advance(index)
+    for mine, theirs in zip(near.hidden, far.hidden, strict=True):
+        assert torch.equal(mine.cpu(), theirs)

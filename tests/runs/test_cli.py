@@ -1,0 +1,192 @@
+"""The command line: a typing error gets a sentence, in seconds, with nothing loaded and nothing written."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from runners import cli
+from runners.config.command_line import check
+from runners.config.settings import Settings
+from runners.errors import InputError
+from tests.conftest import PROJECT
+
+
+def run(*arguments: str, cwd: Path = PROJECT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(PROJECT / "run.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+WRONG = {
+    "metod=gptq": "there is no setting metod: did you mean method?",
+    "method=gtpq": "there is no method=gtpq: did you mean gptq?",
+    "bits=three": 'bits must be a whole number, not "three"',
+    "bits=1": "bits must lie in 2 to 8, not 1",
+    "bits=3.5": "bits must be a whole number, not 3.5",
+    "bits=null": "bits must be a whole number, not null",
+    "bits=true": "bits must be a whole number, not true",
+    "bits=2,3": "bits=2,3 names several values: add -m",
+    "bits=[1": "settings are written as name=value",
+    "bits": "settings are written as name=value",
+    "~bits": "cannot be taken away",
+    "group_size=0": "group_size must be a positive number of columns or null, not 0",
+    "group_size=half": 'group_size must be a whole number, not "half"',
+    "symmetric=1": "symmetric must be true or false, not 1",
+    "scale_bits=8": "scale_bits must be 16 or 32, not 8",
+    "+method.foo=1": "there is no setting method.foo: method has name, num_iters",
+    "++method.foo=1": "there is no setting method.foo",
+    "method.num_iter=3": "there is no setting method.num_iter: did you mean num_iters?",
+    "method.num_iters=0": "method.num_iters must be at least 1, not 0",
+    "method.init=gptq": 'method.init must be a mapping that says with _target_ which class to build, not "gptq"',
+    "method._target_=os.system": "only classes of quantease, baselines, runners may be built",
+    "method._target_=quantease.nothing.Nothing": "which does not exist",
+    "method._target_=quantease.layer.objective": "which is not a dataclass",
+    "+zzz=1": "there is no setting zzz: the settings are method",
+    "+model.trust_remote_code=true": "there is no setting model.trust_remote_code",
+    "model=local": "model.path is missing: set model.path=",
+    "model=opt-13": "there is no model=opt-13: did you mean opt-13b?",
+    "model.dtype=int8": "model.dtype must be one of float32, float16, bfloat16 or null, not int8",
+    "model.sequence_length=1": "model.sequence_length must be at least 2, not 1",
+    "calibration.num_sequences=0": "calibration.num_sequences must be at least 1, not 0",
+    "calibration.sampling=best": "calibration.sampling must be documents or joined, not best",
+    "evaluation=c5": "there is no evaluation=c5",
+    "tracker.mode=up": "tracker.mode must be online, offline or null, not up",
+    "device=gpu": "device must be cpu, cuda or cuda:N, not 'gpu'",
+    "batch_size=0": "batch_size must be at least 1, not 0",
+    "study=../other": "study must be the name of a folder",
+    "results=/proc/nowhere": "nothing can be written to /proc/nowhere/runs",
+}
+
+
+@pytest.mark.parametrize("argument", WRONG)
+def test_a_typing_error_gets_a_sentence(argument: str) -> None:
+    with pytest.raises(InputError) as error:
+        check([argument], multirun=False)
+    assert WRONG[argument] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("argument", ["metod=gptq", "bits=three", "bits=1", "+method.foo=1"])
+@pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["single", "sweep"])
+def test_the_sentence_is_all_there_is(
+    argument: str, sweep: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", argument, *sweep])
+    with pytest.raises(SystemExit) as leaving:
+        cli.start(lambda: pytest.fail("nothing may run"))
+    assert leaving.value.code == cli.WRONG_INPUT
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+
+
+def test_a_wrong_value_anywhere_in_a_sweep_stops_it_before_it_starts() -> None:
+    with pytest.raises(InputError, match="bits must lie in 2 to 8, not 9"):
+        check(["method=rtn,gptq", "bits=2,9"], multirun=True)
+
+
+def test_a_group_size_that_does_not_divide_names_the_layer(tmp_path: Path) -> None:
+    start = time.monotonic()
+    answer = run("group_size=100", f"results={tmp_path}", "tracker=none")
+    assert answer.returncode == cli.FAILED
+    assert "group_size=100 does not divide the 192 inputs of self_attn." in answer.stdout + answer.stderr
+    assert "Traceback" not in answer.stdout + answer.stderr
+    assert time.monotonic() - start < 60
+
+
+def test_a_sweep_goes_on_after_a_failing_cell_and_exits_non_zero(
+    tmp_path: Path, toy_model: Path, data_root: Path
+) -> None:
+    toy = ["model=local", f"model.path={toy_model}", "calibration.num_sequences=4", "evaluation=wikitext2"]
+    sweep = ["method=fp16,rtn", "group_size=12,16", f"data_root={data_root}", f"results={tmp_path}", "tracker=none"]
+    answer = run(*toy, *sweep, "-m")  # -m at the end, as people type it
+    assert answer.returncode == cli.FAILED
+    assert "Traceback" not in answer.stdout + answer.stderr
+    assert "group_size=12 does not divide the 32 inputs of self_attn." in answer.stdout
+    assert "1 of 3 cells failed" in answer.stdout  # fp16 is one cell: no grid touches it
+    table = answer.stdout[answer.stdout.index("method") :]
+    assert table.index("fp16") < table.index("rtn")
+    assert "group_size=12" in table
+    assert "group_size=16" in table
+    assert len(list(tmp_path.glob("runs/toy/rtn-3b-*/layers.csv"))) == 1
+
+
+def test_help_is_a_page_for_newcomers() -> None:
+    answer = run("--help")
+    assert answer.returncode == 0
+    for word in ("quantease", "gptq", "opt-13b", "tiny", "python run.py method=", "Examples", "-m"):
+        assert word in answer.stdout
+    assert len(answer.stdout.splitlines()) < 50
+    assert max(map(len, answer.stdout.splitlines())) <= 120
+    assert "_target_" not in answer.stdout
+
+
+@pytest.mark.parametrize("name", ["experiment=tiny", "+experiment=tiny"])
+def test_experiments_are_swept_with_or_without_a_plus(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells: list[Settings] = []
+    monkeypatch.setattr(cli, "register", lambda _: None)
+    monkeypatch.setattr(cli, "_summarize", lambda found, _: cells.extend(found))
+    monkeypatch.setattr(sys, "argv", ["run.py", "-m", name])
+    cli.start(lambda: None)
+    assert len(cells) == 11 * 3 * 2 * 3
+    assert len({cell.digest for cell in cells}) == 10 * 3 * 2 * 3 + 1  # one unquantized reference
+    assert {cell.study for cell in cells} == {"tiny"}
+    assert {cell.bits for cell in cells} == {2, 3, 4}
+    assert {cell.group_size for cell in cells} == {None, 64}
+
+
+def test_the_command_line_wins_over_an_experiment() -> None:
+    cells = check(["experiment=tiny", "bits=3", "study=mine"], multirun=True)
+    assert {(cell.bits, cell.study) for cell in cells} == {(3, "mine")}
+
+
+def test_which_data_a_model_takes_without_further_words() -> None:
+    (tiny,) = check([], multirun=False)
+    assert tiny.calibration.name == "stdlib"
+    assert list(tiny.evaluation.texts) == ["stdlib_docs", "stdlib_source"]
+    (hub,) = check(["model=opt-13b"], multirun=False)
+    assert hub.calibration.name == "c4"
+    assert list(hub.evaluation.texts) == ["wikitext2", "c4", "ptb"]
+    (chosen,) = check(["calibration=wikitext2", "evaluation=ptb"], multirun=False)
+    assert (chosen.calibration.name, list(chosen.evaluation.texts)) == ("wikitext2", ["ptb"])
+
+
+def test_the_main_job_is_quantease_at_3_bits_per_channel() -> None:
+    (settings,) = check([], multirun=False)
+    assert (settings.method.name, settings.bits, settings.group_size, settings.model.name) == (
+        "quantease",
+        3,
+        None,
+        "tiny",
+    )
+
+
+def test_the_digest_names_what_changes_a_number_and_nothing_else() -> None:
+    def digest(*overrides: str) -> str:
+        return check(list(overrides), multirun=False)[0].digest
+
+    same = ["study=other", "tracker=none", "force=true", "batch_size=2", "device=cpu", "results=results"]
+    assert {digest(change) for change in same} == {digest()}
+    changes = [
+        "bits=4",
+        "group_size=64",
+        "symmetric=true",
+        "act_order=true",
+        "seed=1",
+        "method=rtn",
+        "method.num_iters=9",
+    ]
+    changes += ["calibration=c4", "calibration.num_sequences=64", "evaluation=stdlib_docs", "model.sequence_length=128"]
+    digests = [digest(), *(digest(change) for change in changes)]
+    assert len(set(digests)) == len(digests)
+
+
+def test_runs_of_a_series_differ_in_nothing_but_the_seed() -> None:
+    def series(*overrides: str) -> str:
+        return check(list(overrides), multirun=False)[0].series
+
+    assert series("seed=1") == series() == series("seed=2", "device=cpu")
+    assert len({series(), series("bits=4"), series("method.num_iters=9"), series("calibration.num_sequences=64")}) == 4

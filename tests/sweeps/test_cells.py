@@ -1,0 +1,203 @@
+"""What is to run and how far it has come: dry runs, the list of a study's cells, and `python -m runners.status`."""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runners import cli, status
+from runners.config.command_line import check
+from runners.results.progress import Progress
+from runners.results.run_folder import METRICS, RunFolder
+from runners.sweeps.cells import CELLS, register, registered, state
+from tests.conftest import ToySettings
+
+
+def end(folder: Path, **row: Any) -> None:
+    RunFolder(folder).write_json(METRICS, {"method": "rtn", "model": "toy", "layers/mean_relative_error": 0.0} | row)
+
+
+def test_the_states_of_a_run(tmp_path: Path) -> None:
+    folder = tmp_path / "rtn-3b-0123456789"
+    assert state(folder)["status"] == "missing"
+    folder.mkdir()
+    progress = Progress(folder)
+    progress.stage = "evaluate"
+    with RunFolder(folder).claim(wait=False):
+        assert state(folder)["status"] == "running"
+        assert state(folder)["error"].startswith("evaluate; process ")
+    assert state(folder) == {"status": "interrupted", "error": "its process died during evaluate"}
+    for block in range(3):
+        (folder / "checkpoint").mkdir(exist_ok=True)
+        (folder / "checkpoint" / f"block-{block:05}.json").touch()
+    assert state(folder)["status"] == "unfinished"
+    assert state(folder)["error"] == "3 blocks are on disk; its process died during evaluate"
+    end(folder, status="failed", reason="interrupted", stage="quantize", error="interrupted during quantize")
+    assert state(folder)["error"] == "3 blocks are on disk; interrupted during quantize"
+    end(folder, status="done")
+    assert state(folder)["status"] == "done"
+    (folder / METRICS).write_text("{")
+    assert state(folder)["status"] == "failed"
+    assert "cannot be read" in state(folder)["error"]
+
+
+def test_looking_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            run.is_running()
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        for _ in range(20):
+            with RunFolder(tmp_path).claim(wait=False) as mine:
+                assert mine
+    finally:
+        over.set()
+        watcher.join()
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["single", "sweep"])
+def test_a_dry_run_lists_the_cells_and_starts_nothing(
+    sweep: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bits = "bits=2,3,4,5" if sweep else "bits=2"
+    arguments = [*sweep, "method=rtn", "group_size=16", bits, f"results={tmp_path / 'new'}", "dry_run=true"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    cli.start(lambda: pytest.fail("nothing may run"))
+    first = capsys.readouterr().out
+    assert f"{4 if sweep else 1} missing" in first
+    assert not (tmp_path / "new").exists()
+    if not sweep:
+        return
+    cells = check(arguments[1:], multirun=True)
+    end(cells[0].folder, status="done", bits=2)
+    end(cells[1].folder, status="failed", reason="killed", stage="load", error="killed by SIGKILL", bits=3)
+    end(cells[2].folder, status="unsupported", stage="load", error="not at this width", bits=4)
+    cli.start(lambda: pytest.fail("nothing may run"))
+    lines = capsys.readouterr().out.splitlines()
+    found = {line.split()[2]: line.split(maxsplit=3)[3].strip() for line in lines if line.split()[1:2] == ["rtn"]}
+    assert found == {
+        "2": "done",
+        "3": "failed        killed by SIGKILL",
+        "4": "unsupported   not at this width",
+        "5": "missing",
+    }
+    assert lines[-1].strip() == "1 done, 1 unsupported, 1 failed, 1 missing"
+
+
+def test_sweeps_of_a_study_share_a_list_of_their_cells(toy_settings: ToySettings) -> None:
+    sweeps = [[toy_settings("method=rtn", f"bits={bits}")] for bits in (2, 3, 4, 5, 6)]
+    threads = [threading.Thread(target=register, args=(cells,)) for cells in sweeps]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (study,) = {cells[0].study_folder for cells in sweeps}
+    listed = registered(study)
+    assert sorted(row.get("bits", 16) for row in listed.values()) == [2, 3, 4, 5, 6, 16]
+    assert listed[f"toy/{sweeps[0][0].run_name}"]["method"] == "rtn"
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """Of four cells of rtn, 60 s each, and two of gptq: two are done, one failed, one runs, one died, one is missing."""
+    study = tmp_path / "night"
+    listed = {
+        f"toy/rtn-{bits}b-0": {"method": "rtn", "model": "toy", "bits": bits, "setting": ""} for bits in (2, 3, 4, 5)
+    }
+    listed |= {
+        f"toy/gptq-{bits}b-0": {"method": "gptq", "model": "toy", "bits": bits, "setting": ""} for bits in (2, 3)
+    }
+    for name in listed:
+        (study / name).mkdir(parents=True)
+    (study / CELLS).write_text(json.dumps(listed))
+    end(study / "toy/rtn-2b-0", status="done", bits=2, **{"quantize/seconds": 50.0, "evaluate/seconds": 10.0})
+    end(study / "toy/gptq-2b-0", method="gptq", status="done", bits=2, **{"quantize/seconds": 600.0})
+    end(study / "toy/rtn-3b-0", status="failed", reason="killed", stage="quantize", error="killed by SIGKILL", bits=3)
+    Progress(study / "toy/rtn-4b-0").stage = "quantize"
+    Progress(study / "toy/gptq-3b-0").stage = "evaluate"
+    return study
+
+
+def test_the_status_of_a_study(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunFolder(study / "toy/rtn-4b-0").claim(wait=False):
+        status.main([f"results={study.parent}", "study=night"])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert any(line.startswith("toy rtn 4 running quantize; process ") for line in lines)
+    assert "toy rtn 3 failed killed by SIGKILL" in lines
+    assert "toy gptq 3 interrupted its process died during evaluate" in lines
+    assert "toy rtn 5 missing" in lines
+    # 60 s for the missing one, nearly as many for the running one, and 600 s for the one that died.
+    expected = "2 done, 1 running, 1 interrupted, 1 failed, 1 missing; about 12 min left with 1 worker"
+    assert lines[-1] == f"{study}: {expected}"
+
+
+def test_time_left() -> None:
+    done = [{"status": "done", "method": "rtn", "quantize/seconds": 100.0}, {"status": "done", "method": "fp16"}]
+    missing = {"status": "missing", "method": "rtn"}
+    running = {"status": "running", "method": "rtn", "progress": {"started": time.time() - 60}}
+    assert status.time_left(done) == "nothing is left to do"
+    assert status.time_left([missing]) == "time left: unknown until a cell is done"
+    assert status.time_left([*done, missing]) == "about 2 min left with 1 worker"
+    assert status.time_left([*done, *[missing] * 4, running, running]) == "about 4 min left with 2 workers"
+    assert status.time_left([*done, missing | {"method": "new"}]) == "about 50 s left with 1 worker"
+
+
+def test_a_study_without_a_list_shows_what_has_run(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (study / CELLS).unlink()
+    status.main([f"results={study.parent}", "study=night"])
+    assert "2 done, 2 interrupted, 1 failed; " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["study=nigt"], "there is no study {results}/nigt: did you mean night? There are night"),
+        (["night"], "night is not understood: python -m runners.status study=NAME [results=FOLDER]"),
+        (["studi=night"], "studi=night is not understood"),
+    ],
+)
+def test_mistakes_get_a_sentence(study: Path, arguments: list[str], sentence: str) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        status.main([f"results={study.parent}", *arguments])
+    assert str(leaving.value).startswith("error: " + sentence.format(results=study.parent))
+
+
+def test_a_damaged_list_gets_a_sentence(study: Path) -> None:
+    (study / CELLS).write_text("[")
+    with pytest.raises(
+        SystemExit, match=r"error: .*cells.json cannot be read .*: delete it, and start the sweep again"
+    ):
+        status.main([f"results={study.parent}", "study=night"])
+
+
+def test_a_sweep_leaves_failed_cells_alone_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["method=rtn", "bits=2,3,4", f"results={tmp_path}"]
+    cells = check(arguments, multirun=True)
+    for cell in cells[:2]:
+        end(cell.folder, status="failed", reason="killed", stage="load", error="killed by SIGKILL", bits=cell.bits)
+    end(cells[2].folder, status="failed", reason="interrupted", stage="load", error="interrupted", bits=4)
+    for extra, sentence in (
+        ([], "2 of 3 cells failed, 2 of them before, which were left alone: retry_failed=true runs them again"),
+        (["retry_failed=true"], "2 of 3 cells failed: retry_failed=true runs them again"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["run.py", "-m", *arguments, *extra])
+        with pytest.raises(SystemExit) as leaving:
+            cli.start(lambda: None)
+        assert leaving.value.code == cli.FAILED
+        printed = capsys.readouterr().out
+        assert sentence in printed
+        assert "1 of 3 cells have not ended: the same command again goes on with them" in printed
+        assert "rtn 2 bits: killed by SIGKILL" in printed
+    assert len(registered(cells[0].study_folder)) == 4

@@ -1,0 +1,77 @@
+"""The same sweep under every launcher gives the same results, and what is not installed gets a sentence."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from runners.config import launchers
+from runners.config.command_line import check
+from runners.errors import InputError
+from runners.run.experiment import run_experiment
+from tests.conftest import PROJECT, ToySettings
+
+PRESETS = sorted(path.stem for path in (PROJECT / "conf" / "hydra" / "launcher").glob("*.yaml"))
+RUN_HERE = ["workers", "slurm_local", "ray_local"]  # `slurm` needs one
+
+
+@pytest.mark.parametrize("launcher", ["basic", *RUN_HERE])
+def test_the_same_sweep_gives_the_same_results(
+    launcher: str, toy_settings: ToySettings, toy_model: Path, data_root: Path, tmp_path: Path
+) -> None:
+    if launcher != "basic":
+        pytest.importorskip(f"hydra_plugins.hydra_{launchers.EXTRAS[launcher]}_launcher")
+    toy = ["model=local", f"model.path={toy_model}", "calibration.num_sequences=6", "calibration=c4", "tracker=none"]
+    sweep = ["-m", f"hydra/launcher={launcher}", "method=rtn,gptq", "evaluation=wikitext2", "study=swept"]
+    command = [sys.executable, "run.py", *sweep, *toy, f"data_root={data_root}", f"results={tmp_path}"]
+    answer = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "Traceback" not in answer.stdout + answer.stderr
+    rows = [json.loads(file.read_text()) for file in tmp_path.glob("swept/toy/*/metrics.json")]
+    assert sorted(row["method"] for row in rows) == ["fp16", "gptq", "rtn"]
+    expected = {
+        row["digest"]: row for method in ("rtn", "gptq") for row in run_experiment(toy_settings(f"method={method}"))
+    }
+    for row in rows:
+        assert row["status"] == "done"
+        for key in ("ppl/wikitext2", "layers/mean_relative_error", "bits_per_weight"):
+            assert row[key] == pytest.approx(expected[row["digest"]][key], rel=1e-6), key
+    assert not {entry.name for entry in PROJECT.iterdir()} & {".submitit", "outputs", "multirun"}
+
+
+@pytest.mark.parametrize("launcher", PRESETS)
+def test_what_is_not_installed_gets_a_sentence(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "_is_there", lambda _module: False)
+    extra = {"workers": "joblib", "slurm": "submitit", "slurm_local": "submitit", "ray_local": "ray"}[launcher]
+    with pytest.raises(InputError) as error:
+        check([f"hydra/launcher={launcher}", "method=rtn"], multirun=True)
+    assert str(error.value) == f'hydra/launcher={launcher} is not installed: pip install "quantease-bench[{extra}]"'
+
+
+@pytest.mark.parametrize("launcher", PRESETS)
+def test_presets_compose(launcher: str) -> None:
+    pytest.importorskip(f"hydra_plugins.hydra_{launchers.EXTRAS[launcher]}_launcher")
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        config = compose("config", [f"hydra/launcher={launcher}", "study=night"], return_hydra_config=True)
+    node = config.hydra.launcher
+    assert node._target_.startswith(f"hydra_plugins.hydra_{launchers.EXTRAS[launcher]}_launcher.")
+    if "submitit_folder" in node:
+        assert node.submitit_folder == "results/night/.submitit/%j"
+
+
+def test_a_launcher_that_does_not_exist_gets_a_sentence_with_those_that_do() -> None:
+    with pytest.raises(
+        InputError, match=r"there is no hydra/launcher=worker: did you mean workers\? There are basic, "
+    ):
+        check(["hydra/launcher=worker"], multirun=True)
+    with pytest.raises(InputError, match=r"there is no hydra/sweeper=best: there are basic"):
+        check(["hydra/sweeper=best"], multirun=True)
+
+
+def test_a_launcher_is_no_setting_of_a_run() -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    plain = check(["method=rtn"], multirun=True)
+    assert check(["method=rtn", "hydra/launcher=workers", "hydra.launcher.n_jobs=3"], multirun=True) == plain
