@@ -16,8 +16,8 @@ import torch
 from runners.benchmark import layers, models
 from runners.benchmark.figures import draw
 from runners.benchmark.machine import Rates
-from runners.results.run_folder import write
 from runners.run.environment import environment
+from runners.storage.files import write
 
 
 def main() -> None:

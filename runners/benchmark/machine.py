@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantease.matmul import product
-from runners.run.environment import clock
+from runners.timing import clock
 
 MOMENT = 0.05  # seconds
 

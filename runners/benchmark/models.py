@@ -16,7 +16,7 @@ from quantease.layer import LayerSolver
 from runners.benchmark.layers import WIDTHS
 from runners.models.blocks import Resident
 from runners.quantization.layerwise import Plan, Quantization
-from runners.run.environment import Meter, Phases
+from runners.timing import Meter, Phases
 
 DEPTHS = {"125m": 12, "1.3b": 24, "2.7b": 32, "6.7b": 32, "13b": 40, "30b": 48, "66b": 64}
 HEADS = {"125m": 12, "1.3b": 32, "2.7b": 32, "6.7b": 32, "13b": 40, "30b": 56, "66b": 72}

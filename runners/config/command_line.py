@@ -24,7 +24,7 @@ from runners.config.build import unknown_setting
 from runners.config.settings import Settings
 from runners.errors import InputError
 from runners.project import CONF
-from runners.results.run_folder import check_writable
+from runners.storage.files import check_writable
 
 
 def check(overrides: Sequence[str], multirun: bool) -> list[Settings]:

@@ -6,6 +6,7 @@ import typing
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,47 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from quantease.grid import GridSpec
 from quantease.layer import ActOrder, LayerSolver
 from runners.config.build import build, plain, unknown_setting
-from runners.config.schema import Calibration, Evaluation, Method, Model, Tracker
+from runners.data.calibration import Calibration
 from runners.data.task_rows import task_version
+from runners.data.windows import Evaluation
 from runners.errors import InputError
+from runners.models.checkpoint import Model
 from runners.storage.fingerprint import checkpoint_fingerprint
+
+
+@dataclass(frozen=True)
+class Method:
+    """One file of `conf/method/`: a name and the solver it builds, None for the unquantized reference."""
+
+    name: str
+    solver: LayerSolver | None
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """One file of `conf/tracker/`.
+
+    Attributes:
+        name: `wandb`, `trackio` or `none`.
+        project: of W&B; trackio's projects are the studies.
+        entity: the user or team of W&B that owns the project; None: the user's default.
+        mode: of W&B: `online`, `offline`, or None: online when logged in, else offline into the study's folder.
+    """
+
+    name: str
+    project: str = "quantease-bench"
+    entity: str | None = None
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in ("wandb", "trackio", "none"):
+            raise ValueError(f"name must be wandb, trackio or none, not {self.name}")
+        if self.name == "trackio" and find_spec("trackio") is None:
+            raise ValueError(
+                'name=trackio needs a package that is not installed: pip install "quantease-bench[dashboard]"'
+            )
+        if self.mode not in (None, "online", "offline"):
+            raise ValueError(f"mode must be online, offline or null, not {self.mode}")
 
 
 @dataclass(frozen=True)

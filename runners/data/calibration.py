@@ -8,8 +8,45 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from runners.config.schema import Calibration
+from runners.data.datasets import Dataset
 from runners.errors import InputError
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One file of `conf/calibration/`.
+
+    Attributes:
+        sampling: `documents` draws a random window within a random document that is long enough (GPTQ's rule for C4),
+            `joined` a random window of all documents joined by `join`.
+        num_sequences: how many sequences to draw.
+        true_sequential: the layers of a block that run later are solved on what the earlier, already quantized ones
+            feed them; otherwise all layers of a block see the block as it was (the published protocol).
+        inputs: `quantized`: a block sees what the quantized blocks before it feed it (the published protocol);
+            `full_precision`: what the unquantized ones do, which is the same for all methods and computed once for all.
+        held_out: how many more sequences to draw, on which the layers' errors are measured but nothing is calibrated.
+    """
+
+    name: str
+    dataset: Dataset
+    sampling: str
+    join: str = "\n\n"
+    num_sequences: int = 128
+    true_sequential: bool = False
+    inputs: str = "quantized"
+    held_out: int = 16
+
+    def __post_init__(self) -> None:
+        if self.inputs not in ("quantized", "full_precision"):
+            raise ValueError(f"inputs must be quantized or full_precision, not {self.inputs}")
+        if self.inputs == "full_precision" and self.true_sequential:
+            raise ValueError("true_sequential=true needs inputs=quantized: later layers see the earlier ones quantized")
+        if self.held_out < 0:
+            raise ValueError(f"held_out must not be negative, not {self.held_out}")
+        if self.sampling not in ("documents", "joined"):
+            raise ValueError(f"sampling must be documents or joined, not {self.sampling}")
+        if self.num_sequences < 1:
+            raise ValueError(f"num_sequences must be at least 1, not {self.num_sequences}")
 
 
 @dataclass(frozen=True)

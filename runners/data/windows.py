@@ -13,9 +13,52 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from runners.config.schema import Evaluation, Text
 from runners.data.calibration import encode, ids_hash
+from runners.data.datasets import Dataset
 from runners.errors import InputError, MissingData
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to measure perplexity on: which documents, joined by what, and how many windows of it.
+
+    Attributes:
+        protocol: the name under which the field knows this choice; it is stored with every number.
+        max_documents: take only the first so many documents; None: all.
+        max_windows: take only the first so many windows; None: all.
+    """
+
+    protocol: str
+    dataset: Dataset
+    join: str = "\n\n"
+    max_documents: int | None = None
+    max_windows: int | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One file of `conf/evaluation/`.
+
+    Attributes:
+        texts: what perplexity is measured on.
+        tasks: what zero-shot accuracy is measured on: names of lm-eval, or the bundled task.
+        limit: take only the first so many questions of a task; None: all.
+        skip_missing: skip a text whose data set cannot be had, and say so in the results, where the run would fail. (A
+            task that is not to be had never stops a run.)
+        agreement: compare the next-token distribution with the unquantized model's on every text.
+    """
+
+    texts: dict[str, Text]
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    skip_missing: bool = False
+    agreement: bool = True
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1 or null, not {self.limit}")
+        if repeated := [name for name in self.tasks if self.tasks.count(name) > 1]:
+            raise ValueError(f"tasks names {repeated[0]} twice")
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
 from runners.models.activations import Walk
-from runners.models.blocks import Source
+from runners.models.blocks import Source, replace_weights
 from runners.models.memory import Memory
 from runners.quantization.finished_blocks import FinishedBlocks
-from runners.quantization.layerwise import replace_weights
 from runners.storage.cache import Cache
 
 LOGITS_BYTES = 1e9  # that the logits of the sequences taken together may take, in float32

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from runners.data.datasets import hub_answers, why_not
 from runners.data.task_rows import BUNDLED, TASKS, task_file
 from runners.errors import InputError, MissingData
+from runners.hub import hub_answers, why_not
 
 PYTHON_SEED, NUMPY_SEED, FEWSHOT_SEED = 0, 1234, 1234  # lm-eval's
 

@@ -14,9 +14,13 @@ from hashlib import sha256
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from runners.evaluation.tasks import ReadyTask, silence
+from runners.models.blocks import Resident, replace_weights
+from runners.models.checkpoint import Checkpoint, Model, load
+from runners.quantization.finished_blocks import FinishedBlocks
 
 RESAMPLES = 1000  # of the bootstrap, for the standard errors that have no closed form: perplexities
 
@@ -64,6 +68,19 @@ def measure_tasks(
             metrics[f"zero_shot/{name}/version"] = _version(one, results["versions"].get(name))
             metrics[f"zero_shot/{name}/sha256"] = prompts_hash(one)
     return metrics
+
+
+def whole_model(checkpoint: Checkpoint, model: Model, device: torch.device, blocks: FinishedBlocks | None) -> Any:
+    """The model in memory as a whole, with the weights of its quantized `blocks` where there are any.
+
+    Raises:
+        InputError: as for `open_model`.
+    """
+    source = Resident(load(checkpoint, model, device))
+    if blocks is not None:
+        for index, block in enumerate(source.blocks):
+            replace_weights(block, blocks.layers(index, str(device)))
+    return source.model
 
 
 def prompts_hash(task: Any) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from quantease.layer import QuantizedLayer
 from runners.errors import InputError
 
 
@@ -53,6 +54,13 @@ def linear_layers(block: nn.Module) -> dict[str, LinearLayer]:
     """The linear layers of a block by name."""
     modules = block.named_modules()
     return {name: LinearLayer(module) for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
+
+
+def replace_weights(block: Any, answers: dict[str, QuantizedLayer]) -> None:
+    """Give the layers of a block the weights that their codes stand for."""
+    layers = linear_layers(block)
+    for name, answer in answers.items():
+        layers[name].replace(answer.weight)
 
 
 def _refuse_hidden_matrices(model: nn.Module, block: nn.Module) -> None:

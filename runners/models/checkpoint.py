@@ -12,9 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from quantease.grid import GridSpec
-from runners.config.schema import DTYPES, Model
-from runners.data.datasets import hub_answers, why_not
 from runners.errors import InputError
+from runners.hub import hub_answers, why_not
 from runners.models.blocks import decoder_blocks, linear_layers
 from runners.models.verify import check_config, check_tensors, check_tokenizer, refuse_unused
 
@@ -23,6 +22,38 @@ log = logging.getLogger(__name__)
 LONGEST = 2048  # tokens of a sequence, the field's convention for calibration and perplexity
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One file of `conf/model/`.
+
+    Attributes:
+        path: a folder, or a repository of the model hub.
+        revision: branch, tag or commit of the repository; None: its main branch.
+        dtype: what the weights are loaded as; None: what the checkpoint holds.
+        sequence_length: tokens of a calibration sequence and of an evaluation window; None: the model's, at most 2,048.
+    """
+
+    name: str
+    path: str
+    revision: str | None = None
+    dtype: str | None = None
+    sequence_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or null, not {self.dtype}")
+        if self.sequence_length is not None and self.sequence_length < 2:
+            raise ValueError(f"sequence_length must be at least 2, not {self.sequence_length}")
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder that `path` names, if it names one."""
+        path = Path(self.path).expanduser()
+        return path if path.is_dir() or self.path.startswith(("/", "./", "../", "~")) else None
 
 
 @dataclass(frozen=True)

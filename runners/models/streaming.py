@@ -22,14 +22,11 @@ from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from runners.config.schema import Model
 from runners.errors import InputError
 from runners.models.blocks import Resident, Source, decoder_blocks
-from runners.models.checkpoint import Checkpoint, load
+from runners.models.checkpoint import Checkpoint, Model, load
 from runners.models.memory import give_back, never_keep_large
 from runners.models.verify import refuse_unused
-from runners.quantization.finished_blocks import FinishedBlocks
-from runners.quantization.layerwise import replace_weights
 
 log = logging.getLogger(__name__)
 
@@ -200,19 +197,6 @@ def open_model(checkpoint: Checkpoint, model: Model, device: torch.device) -> So
         log.info("%s is stored under another name: loading %s as a whole", unknown[0], checkpoint.folder)
         return _Loaded(load(checkpoint, model, device))
     return StreamedModel(checkpoint, shards, stored, _dtype(checkpoint, model, shards), device)
-
-
-def whole_model(checkpoint: Checkpoint, model: Model, device: torch.device, blocks: FinishedBlocks | None) -> Any:
-    """The model in memory as a whole, with the weights of its quantized `blocks` where there are any.
-
-    Raises:
-        InputError: as for `open_model`.
-    """
-    source = Resident(load(checkpoint, model, device))
-    if blocks is not None:
-        for index, block in enumerate(source.blocks):
-            replace_weights(block, blocks.layers(index, str(device)))
-    return source.model
 
 
 def _dtype(checkpoint: Checkpoint, model: Model, shards: Shards) -> torch.dtype:

@@ -10,10 +10,9 @@ import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
-from runners.config.schema import Text
 from runners.data.datasets import StandardLibrary
-from runners.data.windows import cut_windows, perplexity, window_losses
-from runners.results.run_folder import write
+from runners.data.windows import Text, cut_windows, perplexity, window_losses
+from runners.storage.files import write
 
 CARD = """# The bundled model
 

@@ -20,7 +20,7 @@ from quantease.layer import QuantizedLayer
 from runners.errors import InputError
 from runners.quantization.packing import pack, unpack
 from runners.results.layers import LayerRecord
-from runners.results.run_folder import write, write_tensors
+from runners.storage.files import write, write_tensors
 from runners.storage.fingerprint import file_sha256
 
 log = logging.getLogger(__name__)

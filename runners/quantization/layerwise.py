@@ -16,7 +16,7 @@ from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported, objective, stacked, takes_rows_alone
 from runners.errors import InputError
 from runners.models.activations import Walk
-from runners.models.blocks import LinearLayer, Source, linear_layers
+from runners.models.blocks import LinearLayer, Source, linear_layers, replace_weights
 from runners.models.memory import Memory
 from runners.quantization.finished_blocks import FinishedBlocks
 from runners.quantization.input_statistics import (
@@ -27,7 +27,7 @@ from runners.quantization.input_statistics import (
     shared_inputs,
 )
 from runners.results.layers import LayerRecord
-from runners.run.environment import Phases, clock
+from runners.timing import Phases, clock
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Plan:
     """What is to be done with every linear layer.
 
     Attributes:
-        true_sequential: see `runners.config.schema.Calibration`.
+        true_sequential: see `runners.data.calibration.Calibration`.
         full_precision: every block is calibrated on what the unquantized blocks before it feed it.
         stored_bits: what a weight takes that is left alone.
     """
@@ -252,13 +252,6 @@ class Quantization:
             error += objective(rows.float() - original, hessian)
             energy += objective(original, hessian)
         return error / energy if energy > 0 else 0.0
-
-
-def replace_weights(block: Any, answers: dict[str, QuantizedLayer]) -> None:
-    """Give the layers of a block the weights that their codes stand for."""
-    layers = linear_layers(block)
-    for name, answer in answers.items():
-        layers[name].replace(answer.weight)
 
 
 def _record(problem: LayerProblem, answer: QuantizedLayer, block: int, name: str, seconds: float) -> LayerRecord:

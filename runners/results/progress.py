@@ -16,7 +16,7 @@ from typing import Any
 from runners import console
 from runners.errors import InputError
 from runners.results.layers import LayerRecord
-from runners.results.run_folder import write
+from runners.storage.files import write
 
 PROGRESS = "progress.json"
 EVERY = 1.0  # seconds between two writes within a stage

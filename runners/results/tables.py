@@ -10,8 +10,6 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from runners.config.settings import Settings
-
 MARK = " †"
 STATES = ("done", "unsupported", "running", "unfinished", "interrupted", "failed", "missing")  # in order of hope
 
@@ -118,25 +116,6 @@ def _facts(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _damping_raised(row: dict[str, Any]) -> bool:
     return bool(row.get("warnings/damping_raised"))
-
-
-def differences(cells: Sequence[Settings]) -> list[str]:
-    """For each run of a sweep the settings in which it differs from others of the same method, but for the bits."""
-    flat = [_flatten(settings.identity()) for settings in cells]
-    answer = []
-    for settings, mine in zip(cells, flat, strict=True):
-        peers = [other for cell, other in zip(cells, flat, strict=True) if cell.method.name == settings.method.name]
-        keys = [key for key in mine if any(other.get(key) != mine[key] for other in peers)]
-        shown = [key for key in keys if not key.startswith(("model.", "data.", "evaluation.")) and key != "grid.bits"]
-        answer.append(", ".join(f"{key.rpartition('.')[2]}={mine[key]}" for key in shown))
-    return answer
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def failure_text(row: dict[str, Any]) -> str:

@@ -12,9 +12,10 @@ from runners.errors import InputError
 from runners.quantization.finished_blocks import discard
 from runners.results.layers import LayerRecord, refuse_warnings
 from runners.results.progress import Progress, owner, read_progress, remove_progress
-from runners.results.run_folder import METRICS, RunFolder, check_writable
+from runners.results.run_folder import METRICS, RunFolder
 from runners.run.preflight import Inputs, preflight, run_environment
 from runners.run.stages import Work
+from runners.storage.files import check_writable
 from runners.tracking import Tracker, track
 
 log = logging.getLogger(__name__)

@@ -12,18 +12,18 @@ from runners.config.settings import Settings
 from runners.console import progress
 from runners.data.windows import perplexity
 from runners.evaluation.likelihood import Evaluation, SharedActivations
-from runners.evaluation.zero_shot import measure_tasks
+from runners.evaluation.zero_shot import measure_tasks, whole_model
 from runners.models.blocks import Source, linear_layers
 from runners.models.memory import Memory, out_of_memory
-from runners.models.streaming import open_model, whole_model
+from runners.models.streaming import open_model
 from runners.quantization.finished_blocks import FinishedBlocks, discard
 from runners.quantization.input_statistics import SharedStatistics
 from runners.quantization.layerwise import Plan, Quantization
 from runners.results.layers import LayerRecord, summary
-from runners.run.environment import Meter, Phases
 from runners.run.keys import model_key, resume_identity, statistics_key
 from runners.run.preflight import Inputs
 from runners.storage.cache import Cache
+from runners.timing import Meter, Phases
 
 Metrics = dict[str, Any]
 Windows = dict[str, dict[str, list[float]]]  # text to measure to a value a window

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from runners.results.run_folder import write, write_tensors
+from runners.storage.files import write, write_tensors
 from runners.storage.fingerprint import file_sha256
 
 log = logging.getLogger(__name__)

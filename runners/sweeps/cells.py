@@ -8,8 +8,8 @@ from typing import Any
 from runners.config.settings import Settings
 from runners.errors import InputError
 from runners.results.progress import owner, read_progress, where
-from runners.results.run_folder import RunFolder, claim, write
-from runners.results.tables import differences
+from runners.results.run_folder import RunFolder
+from runners.storage.files import claim, write
 
 CELLS = "cells.json"  # in a study's folder: what its sweeps are to run, by run folder
 
@@ -74,3 +74,22 @@ def registered(study: Path) -> dict[str, dict[str, Any]]:
 def _label(cell: Settings, difference: str) -> dict[str, Any]:
     bits = {"bits": cell.bits} if cell.quantizes else {}
     return {"method": cell.method.name, "model": cell.model.name, **bits, "setting": difference}
+
+
+def differences(cells: Sequence[Settings]) -> list[str]:
+    """For each run of a sweep the settings in which it differs from others of the same method, but for the bits."""
+    flat = [_flatten(settings.identity()) for settings in cells]
+    answer = []
+    for settings, mine in zip(cells, flat, strict=True):
+        peers = [other for cell, other in zip(cells, flat, strict=True) if cell.method.name == settings.method.name]
+        keys = [key for key in mine if any(other.get(key) != mine[key] for other in peers)]
+        shown = [key for key in keys if not key.startswith(("model.", "data.", "evaluation.")) and key != "grid.bits"]
+        answer.append(", ".join(f"{key.rpartition('.')[2]}={mine[key]}" for key in shown))
+    return answer
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

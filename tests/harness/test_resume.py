@@ -17,8 +17,8 @@ from runners.config.settings import Settings
 from runners.errors import InputError
 from runners.quantization import finished_blocks as resume
 from runners.quantization.finished_blocks import FinishedBlocks
-from runners.results import run_folder as store
 from runners.run.experiment import run_cell
+from runners.storage import files
 from tests.conftest import ToySettings, save_toy
 
 KILLS = 25
@@ -49,7 +49,7 @@ def live(settings: Settings, dies_at_write: int | None) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             fsync(descriptor)
 
-        store.os.fsync = dies  # pyright: ignore[reportPrivateImportUsage]
+        files.os.fsync = dies  # pyright: ignore[reportPrivateImportUsage]
     run_cell(settings)
 
 

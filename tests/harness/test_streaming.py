@@ -15,11 +15,10 @@ from transformers import AutoModelForCausalLM, OPTConfig
 
 from baselines.rtn import RTN
 from quantease.grid import GridSpec
-from runners.config.schema import Model
 from runners.data.calibration import ids_hash
 from runners.evaluation.likelihood import Evaluation
 from runners.models.blocks import Resident, decoder_blocks
-from runners.models.checkpoint import load, open_checkpoint
+from runners.models.checkpoint import Model, load, open_checkpoint
 from runners.models.streaming import StreamedModel, open_model
 from runners.quantization.finished_blocks import FinishedBlocks
 from runners.quantization.layerwise import Plan, Quantization

@@ -16,9 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from runners.config.schema import Model
 from runners.errors import InputError
-from runners.models.checkpoint import check_files, load, load_tokenizer, open_checkpoint
+from runners.models.checkpoint import Model, check_files, load, load_tokenizer, open_checkpoint
 from runners.storage.fingerprint import checkpoint_fingerprint
 from tests.hostile import copy_of, damage, examples, header_of, json_values, pack, sentence
 

@@ -20,8 +20,8 @@ from baselines.rtn import RTN
 from quantease.grid import GridSpec
 from quantease.layer import LayerSolver
 from runners.config.build import PACKAGES, build
-from runners.config.schema import Evaluation
 from runners.data.datasets import HubDataset
+from runners.data.windows import Evaluation
 from runners.errors import InputError
 from runners.models.memory import Memory
 from runners.quantization.finished_blocks import FinishedBlocks
@@ -205,7 +205,7 @@ TARGETS = [
 TARGETS += [
     "runners.cli.start",
     "runners.run.experiment.run_cell",
-    "runners.config.schema.Tracker",
+    "runners.config.settings.Tracker",
     "runners.data.datasets.HubDataset",
 ]
 TARGETS += [
@@ -226,7 +226,7 @@ def test_a_target_that_is_no_method_is_refused_and_not_imported(target: Any) -> 
     assert not {"this", "antigravity", "runnersx"} & set(sys.modules)
 
 
-@pytest.mark.parametrize("target", ["os.system", "runners.config.schema.Tracker", "baselines.rtn.RTN"])
+@pytest.mark.parametrize("target", ["os.system", "runners.config.settings.Tracker", "baselines.rtn.RTN"])
 def test_a_target_that_is_no_data_set_is_refused(target: str) -> None:
     text = {"protocol": "gptq", "dataset": {"_target_": target}}
     with pytest.raises(InputError, match=r"texts\.a\.dataset\._target_ is"):

@@ -15,9 +15,11 @@ from baselines.spqr import SpQR
 from quantease.coordinate_descent import QuantEase
 from quantease.outliers import OutlierQuantEase
 from runners.config.build import plain
-from runners.config.schema import Calibration, Evaluation, Method, Model, Text, Tracker
-from runners.config.settings import Settings
+from runners.config.settings import Method, Settings, Tracker
+from runners.data.calibration import Calibration
 from runners.data.datasets import HubDataset, StandardLibrary
+from runners.data.windows import Evaluation, Text
+from runners.models.checkpoint import Model
 from runners.project import ROOT
 
 CLASSES = (AWQ, GPTQ, RTN, SpQR, OutlierQuantEase, QuantEase, HubDataset, StandardLibrary)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runners.config.schema import Model
 from runners.errors import InputError
-from runners.models.checkpoint import check_files, open_checkpoint
-from runners.results.run_folder import METRICS, RunFolder, check_writable, write
+from runners.models.checkpoint import Model, check_files, open_checkpoint
+from runners.results.run_folder import METRICS, RunFolder
 from runners.run.experiment import run_cell
+from runners.storage.files import check_writable, write
 from tests.conftest import ToySettings, write_rows
 
 

@@ -12,7 +12,7 @@ import torch
 
 from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, QuantizedLayer, Unsupported
-from runners.config.schema import Method
+from runners.config.settings import Method
 from runners.sweeps import gpus
 from runners.sweeps.gpus import VISIBLE, lease
 from runners.sweeps.isolation import run_isolated

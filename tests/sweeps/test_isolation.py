@@ -16,8 +16,7 @@ import pytest
 from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, QuantizedLayer
 from runners import cli
-from runners.config.schema import Method
-from runners.config.settings import Settings
+from runners.config.settings import Method, Settings
 from runners.errors import InputError
 from runners.results.progress import PROGRESS, Progress, read_progress
 from runners.results.run_folder import METRICS, RunFolder
