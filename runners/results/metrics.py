@@ -1,44 +1,225 @@
-"""What a `metrics.json` must look like to be believed: it may be truncated, edited, or of another run."""
+"""The schema of `metrics.json`: its keys, the values each may take, and the words for them.
+
+The one place that knows how a result is written. Whatever makes, shows or analyses results takes keys and words from here.
+Imports neither torch nor pandas, so that `analysis` can.
+"""
 
 import json
+import math
 import sys
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from pathlib import Path
 from typing import Any, NoReturn
 
-STATUS = ("done", "failed", "unsupported")
-NUMBERS = ("parameters", "bits", "bits_per_weight", "bits_per_parameter", "outlier_ratio")
-MEASURED = ("ppl/", "windows/", "layers/", "quantize/", "evaluate/", "warnings/")  # beginnings of keys of numbers
-NEEDED = {"done": ("layers/mean_relative_error",), "failed": (), "unsupported": ()}
+METRICS = "metrics.json"  # in a run's folder
+REFERENCE = "fp16"  # the method that leaves the weights as they are, whatever their dtype
+
+
+class Status(StrEnum):
+    """How far a cell has come. The first three are those of a run that has ended, and the only ones in `metrics.json`."""
+
+    DONE = "done"
+    FAILED = "failed"
+    UNSUPPORTED = "unsupported"  # the method cannot do what the grid asks
+    RUNNING = "running"
+    UNFINISHED = "unfinished"  # some of its blocks are on disk
+    INTERRUPTED = "interrupted"
+    MISSING = "missing"
+
+
+ENDED = (Status.DONE, Status.FAILED, Status.UNSUPPORTED)
+OPEN = (Status.UNFINISHED, Status.INTERRUPTED, Status.MISSING)  # the same command again goes on with these
+
+
+class Reason(StrEnum):
+    """Why a run failed: its key `reason`."""
+
+    EXCEPTION = "exception"
+    KILLED = "killed"
+    TIMEOUT = "timeout"
+    INTERRUPTED = "interrupted"
+    DAMAGED = "damaged"  # its metrics.json cannot be read
+
+
+# Keys that stand alone.
+BITS_PER_WEIGHT = "bits_per_weight"
+BITS_PER_PARAMETER = "bits_per_parameter"
+OUTLIER_RATIO = "outlier_ratio"
+RELATIVE_ERROR = "layers/mean_relative_error"
+HELD_OUT_ERROR = "layers/mean_held_out_error"
+LAYER_COUNT = "layers/count"
+QUANTIZE_SECONDS = "quantize/seconds"
+QUANTIZE_MEMORY = "quantize/peak_memory_gb"
+EVALUATE_SECONDS = "evaluate/seconds"
+EVALUATE_MEMORY = "evaluate/peak_memory_gb"
+ZERO_SHOT_SECONDS = "zero_shot/seconds"
+CALIBRATION_SHA256 = "calibration/sha256"
+CHECKPOINT_SHA256 = "checkpoint/sha256"
+CALIBRATION_INPUTS = "calibration_inputs"
+
+
+# Keys of a family: the first part says which, the rest of what.
+def ppl(text: str) -> str:
+    """Perplexity on a text."""
+    return f"ppl/{text}"
+
+
+def protocol(text: str) -> str:
+    """The name of the protocol that the perplexity on a text was measured under."""
+    return f"protocol/{text}"
+
+
+def windows(text: str) -> str:
+    """How many windows of a text were measured."""
+    return f"windows/{text}"
+
+
+def sha256(text: str) -> str:
+    """The hash of the token ids of a text's windows."""
+    return f"sha256/{text}"
+
+
+def agreement(text: str, measure: str) -> str:
+    """How well next-token distributions agree with the unquantized model's; `measure` is `kl` or `top1`."""
+    return f"agreement/{text}/{measure}"
+
+
+def zero_shot(task: str, metric: str) -> str:
+    """A metric of a zero-shot task, or its `samples`, `version` or `sha256` (of the prompts)."""
+    return f"zero_shot/{task}/{metric}"
+
+
+def skipped(name: str) -> str:
+    """Why a text or task was not measured."""
+    return f"skipped/{name}"
+
+
+def warning(kind: str) -> str:
+    """How often something did not go as asked, summed over the layers."""
+    return f"warnings/{kind}"
+
+
+def phase_seconds(phase: str) -> str:
+    """Seconds of the quantization that a phase took: `calibrate`, `solve` or `propagate`."""
+    return f"quantize/{phase}_seconds"
+
+
+def names(keys: Iterable[Any], family: str) -> list[str]:
+    """What the keys of a family are of, in their order: `names(row, "ppl")` are the texts that a run was measured on."""
+    start = f"{family}/"
+    return list(
+        dict.fromkeys(key.removeprefix(start) for key in keys if isinstance(key, str) and key.startswith(start))
+    )
+
+
+def zero_shot_parts(key: Any) -> tuple[str, str] | None:
+    """Task and metric of a key that `zero_shot` has made; None for any other key."""
+    parts = key.split("/") if isinstance(key, str) else []
+    return (parts[1], parts[2]) if len(parts) == 3 and parts[0] == "zero_shot" else None
+
+
+OWN_GRID = "its own"
+PER_CHANNEL = "per-channel"
+
+
+def grid_words(row: Mapping[str, Any]) -> str:
+    """The grid of a run in words, without its bits: `group 64 symmetric act-order`; "" for the unquantized model."""
+    if row["method"] == REFERENCE:
+        return ""
+    group = _present(row.get("group_size"))
+    if group is None and row["method"].startswith("spqr"):
+        return OWN_GRID  # two-level groups, of 16 columns unless the method's settings say otherwise
+    words = [group_words(group), "symmetric" * bool(_present(row.get("symmetric")))]
+    words += ["mse" * (row.get("grid_range") == "mse"), "act-order" * bool(_present(row.get("act_order")))]
+    return " ".join(word for word in words if word)
+
+
+def group_words(group_size: float | None) -> str:
+    """`group 64`, or `per-channel` where a whole output row shares a scale."""
+    return PER_CHANNEL if group_size is None else f"group {group_size:g}"
+
+
+def bits_words(bits: float) -> str:
+    """`3 bits`."""
+    return f"{bits:g} bits"
+
+
+def _present(value: Any) -> Any:
+    """The value; None where a table of several runs has a gap (pandas makes it NaN)."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+# What the validator asks of a value, by key or by the beginning of a key.
+_COUNTS = ("bits", "group_size", "seed", "parameters")
+_NUMBERS = (BITS_PER_WEIGHT, BITS_PER_PARAMETER, OUTLIER_RATIO)
+_MEASURED = ("ppl/", "windows/", "layers/", "quantize/", "evaluate/", "warnings/", "agreement/", "zero_shot/")
+_NOT_MEASURED = ("/version", "/sha256")  # endings of keys that say how something was measured
+_TEXTS = ("digest", "series", "study", "calibration", CALIBRATION_INPUTS, "grid_range", "stage", "error")
+_TRUTHS = ("symmetric", "act_order")
 
 
 def parse(text: str) -> dict[str, Any]:
-    """The row in a `metrics.json`.
+    """The content of a `metrics.json`, which may be truncated, edited, or no result at all.
 
     Raises:
         ValueError: it is not JSON, or not the metrics of a run; the message says what is wrong with it.
     """
     try:
-        row = json.loads(text, parse_constant=_refuse)
+        row = json.loads(text, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if not isinstance(row, dict) or row.get("status") not in STATUS:
-        raise ValueError(f"it is not the metrics of a run: there is no status {', '.join(STATUS)}")
-    for key in ("method", "model", *(() if row["status"] == "done" else ("stage", "error"))):
-        if not isinstance(row.get(key), str):
-            raise ValueError(f"{key} must be a text, not {row.get(key)!r}")
-    for key in NEEDED[row["status"]]:
-        if key not in row:
-            raise ValueError(f"{key} is missing")
-    for key, value in row.items():
-        if (key in NUMBERS or key.startswith(MEASURED)) and not _is_number(value):
-            raise ValueError(f"{key} must be a number, not {value!r}")
-        if key.startswith("protocol/") and "windows/" + key.removeprefix("protocol/") not in row:
-            raise ValueError(f"{key} stands without its number of windows")
+    _check(row)
     return row
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+def read(file: Path) -> dict[str, Any]:
+    """The metrics of one run.
+
+    Raises:
+        FileNotFoundError: the run has not ended.
+        ValueError: the file is damaged; a sentence with its name and the remedy.
+    """
+    try:
+        return parse(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({error}): run it again with force=true") from error
 
 
-def _refuse(constant: str) -> NoReturn:
+def _check(row: Any) -> None:
+    if not isinstance(row, dict) or row.get("status") not in ENDED:
+        raise ValueError(f"it is not the metrics of a run: there is no status {', '.join(ENDED)}")
+    for key in ("method", "model", *_needed(row)):
+        if row.get(key) is None:
+            raise ValueError(f"{key} is missing")
+    for key, value in row.items():
+        if value is not None and not _fits(key, value):
+            raise ValueError(f"{key} cannot be {json.dumps(value)[:80]}")
+    for text in names(row, "protocol"):
+        if windows(text) not in row:
+            raise ValueError(f"{protocol(text)} has no number of windows beside it")
+
+
+def _needed(row: dict[str, Any]) -> tuple[str, ...]:
+    """What a table shows of such a run."""
+    if row["status"] != Status.DONE:
+        return ("stage", "error")
+    return (BITS_PER_WEIGHT, RELATIVE_ERROR, *(() if row.get("method") == REFERENCE else ("bits",)))
+
+
+def _fits(key: str, value: Any) -> bool:
+    if key in _COUNTS:
+        return type(value) is int and abs(value) < 2**63
+    if key in _NUMBERS or (key.startswith(_MEASURED) and not key.endswith(_NOT_MEASURED)):
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if key in _TRUTHS:
+        return isinstance(value, bool)
+    if key in ("method", "model", *_TEXTS) or key.startswith(("protocol/", "sha256/", "skipped/")):
+        return isinstance(value, str)
+    return not isinstance(value, dict | list)
+
+
+def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a number of JSON")
