@@ -32,32 +32,6 @@ def quantease(problem: LayerProblem, grid: Grid, start: Tensor, rounded_sweeps: 
     return w_hat
 
 
-class ColumnByColumn:
-    """QuantEase, Algorithm 2, as the authors' release walks it: a matrix-vector product a column, in float32, on any device.
-
-    Only for timing and for comparison with it. Inputs that are always zero are not provided for; grids are per-channel.
-    """
-
-    def __init__(self, problem: LayerProblem, grid: Grid) -> None:
-        self.scale, self.zero, self.max_code = grid.scale[:, 0], grid.zero[:, 0], grid.spec.max_code
-        self.sigma = problem.hessian / problem.hessian.diagonal()  # column j divided by Sigma_jj
-        self.p = problem.weight @ self.sigma
-        self.sigma.fill_diagonal_(0)
-        self.w_hat = problem.weight.clone()
-
-    def sweep(self, rounds: bool, columns: int | None = None) -> None:
-        """All columns, or the first so many."""
-        p_hat = self.w_hat @ self.sigma
-        change = torch.zeros_like(self.w_hat)  # W_hat before the sweep minus W_hat now
-        for j in range(columns or self.w_hat.shape[1]):
-            beta = self.p[:, j] - p_hat[:, j] + change @ self.sigma[:, j]
-            if rounds:
-                codes = torch.clamp(torch.round(beta / self.scale) + self.zero, 0, self.max_code)
-                beta = self.scale * (codes - self.zero)
-            change[:, j] = self.w_hat[:, j] - beta
-            self.w_hat[:, j] = beta
-
-
 def gptq(problem: LayerProblem, grid: Grid, damping: float, refit: bool = False) -> Tensor:
     """GPTQ, Section 3: optimal brain quantization in a fixed order, the inverse Hessian updated by equation (3).
 

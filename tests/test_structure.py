@@ -34,6 +34,11 @@ def imports(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
+def test_no_package_needs_the_tests(package: str) -> None:
+    assert not [file for file in (PROJECT / package).rglob("*.py") if "tests" in imports(file)]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_imports_point_one_way(package: str) -> None:
     for file in (PROJECT / package).rglob("*.py"):
         compares = {"baselines"} if file.parent.name == "benchmark" else set()  # it times methods by name

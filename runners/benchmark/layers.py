@@ -10,8 +10,8 @@ from quantease import sweeps
 from quantease.coordinate_descent import QuantEase
 from quantease.grid import GridSpec
 from quantease.layer import LayerProblem
+from runners.benchmark.column_by_column import ColumnByColumn
 from runners.benchmark.machine import Rates, layer, seconds
-from tests.reference import ColumnByColumn
 
 WIDTHS = {  # of the models of OPT (https://arxiv.org/abs/2205.01068)
     "125m": 768,

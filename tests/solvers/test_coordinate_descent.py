@@ -16,6 +16,7 @@ from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, objective
 from quantease.outliers import OutlierQuantEase
 from quantease.refit import refit
+from runners.benchmark.column_by_column import ColumnByColumn
 from tests import reference
 from tests.problems import best_codes, random_problem, with_dead_columns
 
@@ -247,7 +248,7 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, int]) -> None:
 
 def test_the_column_by_column_walk_that_speed_is_measured_against_finds_the_same_codes() -> None:
     problem = random_problem(16, 96)
-    walk = reference.ColumnByColumn(problem, problem.fit_grid(GridSpec(3)))
+    walk = ColumnByColumn(problem, problem.fit_grid(GridSpec(3)))
     for rounds in (True, False, True):
         walk.sweep(rounds)
     answer = QuantEase(num_iters=3).solve(problem, GridSpec(3))
