@@ -107,14 +107,6 @@ def test_no_file_runs_code_that_it_was_given(package: str) -> None:
                 assert (node.arg, node.value.value) not in (("trust_remote_code", True), ("shell", True)), file
 
 
-def test_the_readmes_tree_is_true() -> None:
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    tree = readme.split("```\nrun.py", 1)[1].split("```", 1)[0]
-    for line in ("run.py" + tree).splitlines():
-        if name := re.match(r"(\S+)", line):
-            assert (PROJECT / name[1]).exists(), name[1]
-
-
 def test_the_bundled_model_is_small_and_safe() -> None:
     folder = PROJECT / "runners" / "tiny"
     assert sum(file.stat().st_size for file in folder.iterdir()) < 10e6
