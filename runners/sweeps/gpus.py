@@ -1,12 +1,11 @@
-"""One GPU for each cell that runs: whoever holds the lock on a GPU's file has it, on this machine and for this user.
+"""One GPU per running cell: whoever holds the lock on a GPU's file has the GPU, on this machine and for this user.
 
-The kernel gives a lock back when its process dies, however it dies.
+The kernel releases a lock when its process dies, however it dies: a killed cell never keeps its GPU.
 """
 
 import getpass
 import logging
 import os
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -19,18 +18,18 @@ from filelock import BaseFileLock, FileLock, Timeout
 log = logging.getLogger(__name__)
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-PAUSE = 0.5  # seconds between two looks at GPUs that are all taken
+POLL_SECONDS = 0.5  # between two tries while all GPUs are taken; a cell takes at least tens of seconds
 
 
 @contextmanager
 def lease(device: str | None) -> Iterator[dict[str, str]]:
-    """Hold one of the GPUs that this process may use, waiting for one where all are taken.
+    """Hold one of the GPUs that this process may use; wait while all of them are taken.
 
     Args:
-        device: the setting; a GPU that it names, or `cpu`, is the user's own choice, and nothing is handed out.
+        device: the setting. A named GPU (`cuda:1`) or `cpu` is the user's own choice: nothing is leased then.
 
     Yields:
-        What to add to the environment of the process that is to use the GPU; nothing where there is none.
+        What to add to the environment of the process that is to use the GPU; empty where there is no GPU to lease.
     """
     gpus = _visible() if device in (None, "cuda") else {}
     if not gpus:
@@ -39,14 +38,15 @@ def lease(device: str | None) -> Iterator[dict[str, str]]:
     folder = Path(tempfile.gettempdir()) / f"quantease-gpus-{getpass.getuser()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     locks = {gpu: FileLock(folder / f"{name}.lock") for gpu, name in gpus.items()}
-    gpu = _take(locks)
+    gpu = _acquire_any(locks)
     try:
         yield {VISIBLE: gpu}
     finally:
         locks[gpu].release()
 
 
-def _take(locks: Mapping[str, BaseFileLock]) -> str:
+def _acquire_any(locks: Mapping[str, BaseFileLock]) -> str:
+    """Wait for the first lock that is free and acquire it; returns its GPU."""
     has_said_so = False
     while True:
         for gpu, lock in locks.items():
@@ -56,28 +56,39 @@ def _take(locks: Mapping[str, BaseFileLock]) -> str:
         if not has_said_so:
             log.info("all %d GPUs are taken: waiting for one", len(locks))
             has_said_so = True
-        time.sleep(PAUSE)
+        time.sleep(POLL_SECONDS)
 
 
 def _visible() -> dict[str, str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them, with a name that holds everywhere.
+    """The GPUs that this process may use: as CUDA_VISIBLE_DEVICES names them, each with the name of its lock.
 
-    Counted without initializing CUDA, which a process that starts others must not do.
+    Neither call initializes CUDA: a process that has done so must not fork others.
     """
     count = torch.cuda.device_count()
     if count == 0:
         return {}
     chosen = [entry.strip() for entry in os.environ.get(VISIBLE, "").split(",") if entry.strip()]
-    names = _uuids()
-    return {gpu: names.get(gpu, gpu) for gpu in (chosen or [str(index) for index in range(count)])[:count]}
+    uuids = _uuids()
+    return {gpu: uuids.get(gpu, gpu) for gpu in (chosen or [str(index) for index in range(count)])[:count]}
 
 
 def _uuids() -> dict[str, str]:
-    """UUIDs by index: the same index can be another GPU where a scheduler shows each job its own GPUs only."""
-    command = ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"]
+    """UUIDs by index; empty without NVIDIA's driver or its Python package: locks are then named by index.
+
+    UUIDs are safer: a scheduler that shows each job only its own GPU calls each of them number 0.
+    """
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
+        import pynvml
+    except ImportError:
         return {}
-    rows = [line.split(",") for line in answer.stdout.splitlines()]
-    return {row[0].strip(): row[1].strip() for row in rows if len(row) == 2}
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return {}
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return {str(index): pynvml.nvmlDeviceGetUUID(handle) for index, handle in enumerate(handles)}
+    except pynvml.NVMLError:  # a GPU that has fallen off the bus
+        return {}
+    finally:
+        pynvml.nvmlShutdown()

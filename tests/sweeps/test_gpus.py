@@ -7,13 +7,13 @@ import threading
 import time
 from pathlib import Path
 
+import pynvml
 import pytest
 import torch
 
 from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, QuantizedLayer, Unsupported
 from runners.config.settings import Method
-from runners.sweeps import gpus
 from runners.sweeps.gpus import VISIBLE, lease
 from runners.sweeps.isolation import run_isolated
 from tests.conftest import ToySettings
@@ -23,8 +23,17 @@ from tests.conftest import ToySettings
 def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(gpus, "_uuids", lambda: {"0": "GPU-a", "1": "GPU-b", "6": "GPU-g", "7": "GPU-h"})
+    show_driver(monkeypatch, [f"GPU-{letter}" for letter in "abcdefgh"])
     monkeypatch.delenv(VISIBLE, raising=False)
+
+
+def show_driver(monkeypatch: pytest.MonkeyPatch, uuids: list[str]) -> None:
+    """NVIDIA's driver, with GPUs of these UUIDs."""
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: len(uuids))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", lambda handle: uuids[handle])
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -76,9 +85,19 @@ def test_only_what_the_launcher_has_given_is_handed_out(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.delenv(VISIBLE)
     with lease(None):
-        monkeypatch.setattr(gpus, "_uuids", lambda: {"0": "GPU-c"})
+        show_driver(monkeypatch, ["GPU-c"])
         with lease(None) as other:
             assert other == {VISIBLE: "0"}
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_without_the_driver_gpus_are_told_apart_by_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", fail)
+    with lease(None) as first, lease(None) as second:
+        assert [first[VISIBLE], second[VISIBLE]] == ["0", "1"]
 
 
 @pytest.mark.usefixtures("two_gpus")
