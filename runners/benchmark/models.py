@@ -14,7 +14,7 @@ from quantease.coordinate_descent import QuantEase
 from quantease.grid import GridSpec
 from quantease.layer import LayerSolver
 from runners.benchmark.layers import WIDTHS
-from runners.models.blocks import Resident
+from runners.models.blocks import InMemoryModel
 from runners.quantization.layerwise import Plan, Quantization
 from runners.timing import Meter, Phases
 
@@ -58,7 +58,7 @@ def measure(name: str, method: str, sequences: int, length: int, device: torch.d
             model = random_opt(name, device)
         plan = Plan(METHODS[method], GridSpec(3))
         batch_size = max(1, BATCH_TOKENS // length)
-        quantization = Quantization(Resident(model), ids, plan, batch_size=batch_size, phases=phases)
+        quantization = Quantization(InMemoryModel(model), ids, plan, batch_size=batch_size, phases=phases)
         records = quantization.run(lambda _: None)
     parts = {f"{phase}_seconds": value for phase, value in phases.seconds.items()}
     parameters = sum(parameter.numel() for parameter in model.parameters())

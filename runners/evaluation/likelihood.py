@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-from runners.models.activations import Walk
-from runners.models.blocks import Source, replace_weights
+from runners.models.activations import BlockActivations
+from runners.models.blocks import BlockSource, replace_weights
 from runners.models.memory import Memory
 from runners.quantization.finished_blocks import FinishedBlocks
 from runners.storage.cache import Cache
@@ -53,8 +53,8 @@ class _Text:
 
     ids: Tensor
     sha256: str
-    walk: Walk
-    reference: Walk | None = None
+    walk: BlockActivations
+    reference: BlockActivations | None = None
     final: Tensor | None = None  # what leaves the last block of the unquantized model, where it is known already
     has_arrived: bool = False  # at the end of the walk: another run has walked it
 
@@ -71,7 +71,7 @@ class Evaluation:
 
     def __init__(
         self,
-        source: Source,
+        source: BlockSource,
         texts: dict[str, tuple[Tensor, str]],
         batch_size: int,
         *,
@@ -85,14 +85,14 @@ class Evaluation:
         self._texts = {name: self._begin(*text) for name, text in texts.items()}
 
     def _begin(self, ids: Tensor, sha256: str) -> _Text:
-        text = _Text(ids, sha256, Walk(self.source, ids, self._batch_size, memory=self.memory))
+        text = _Text(ids, sha256, BlockActivations(self.source, ids, self._batch_size, memory=self.memory))
         if self.shared:
             text.final = self.shared.get(sha256)
         if self.blocks is None and text.final is not None:
             text.walk.hidden = list(text.final.split(self._batch_size))
             text.has_arrived = True
         elif self.shared and text.final is None and self.blocks is not None:
-            text.reference = Walk(self.source, ids, self._batch_size, memory=self.memory)
+            text.reference = BlockActivations(self.source, ids, self._batch_size, memory=self.memory)
         return text
 
     @torch.no_grad()
@@ -114,7 +114,7 @@ class Evaluation:
         return answer
 
     def _walk(self, texts: list[_Text], index: int) -> None:
-        with self.source.opened(index) as block:
+        with self.source.open_block(index) as block:
             for text in texts:
                 if text.reference:
                     self._advance(text.reference, index)
@@ -123,10 +123,10 @@ class Evaluation:
             for text in texts:
                 self._advance(text.walk, index)
 
-    def _advance(self, walk: Walk, index: int) -> None:
+    def _advance(self, walk: BlockActivations, index: int) -> None:
         smaller = self.memory.smaller_batches(walk.batch_size)
         what = f"while block {index} was evaluated"
-        self.memory.attempt(what, lambda: walk.advance(index), smaller, walk.to_host)
+        self.memory.retry(what, lambda: walk.advance(index), smaller, walk.to_host)
 
     def _measure(self, text: _Text) -> dict[str, list[float]]:
         final = text.final

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from runners.evaluation.tasks import ReadyTask, silence
-from runners.models.blocks import Resident, replace_weights
+from runners.models.blocks import InMemoryModel, replace_weights
 from runners.models.checkpoint import Checkpoint, Model, load
 from runners.quantization.finished_blocks import FinishedBlocks
 
@@ -76,7 +76,7 @@ def whole_model(checkpoint: Checkpoint, model: Model, device: torch.device, bloc
     Raises:
         InputError: as for `open_model`.
     """
-    source = Resident(load(checkpoint, model, device))
+    source = InMemoryModel(load(checkpoint, model, device))
     if blocks is not None:
         for index, block in enumerate(source.blocks):
             replace_weights(block, blocks.layers(index, str(device)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from runners.errors import InputError
-from runners.models.blocks import Source
+from runners.models.blocks import BlockSource
 from runners.models.memory import Memory
 
 ACTIVATIONS_SHARE = 0.4  # of the GPU's free memory; the blocks' own needs the rest
@@ -33,7 +33,7 @@ class _Stop(Exception):
     """Ends a forward pass at a block."""
 
 
-class Walk:
+class BlockActivations:
     """The activations that enter the current block, for all sequences, and the means to send them through it.
 
     Args:
@@ -46,7 +46,7 @@ class Walk:
 
     def __init__(
         self,
-        source: Source,
+        source: BlockSource,
         sequences: Tensor,
         batch_size: int,
         held_out: Tensor | None = None,
@@ -56,7 +56,7 @@ class Walk:
         self.blocks = source.blocks
         self.memory = memory or Memory()
         self.batch_size = batch_size
-        self.place = 0  # of the batch that is under way
+        self.batch_index = 0  # of the batch that is under way
         self._sample = sequences[:batch_size]
         self._calls: dict[int, list[Call]] = {}  # by batch size: masks and alibi have a batch dimension
         self._advanced, self._finite = 0, torch.ones((), dtype=torch.bool, device=source.device)
@@ -64,7 +64,7 @@ class Walk:
         _refuse_arguments_that_depend_on_the_text(source, sequences)
         self.hidden: list[Tensor] = []  # (batch, length, width) each
         batches = list(sequences.split(batch_size))
-        self.calibrating = len(batches)  # the batches after that are held out
+        self.calibration_batches = len(batches)  # the batches after that are held out
         for batch in batches + ([] if held_out is None else list(held_out.split(batch_size))):
             hidden = _entering(source, 0, batch)[0]
             if self.memory.offload is None:
@@ -75,19 +75,19 @@ class Walk:
         """Send every batch, from the one at place `first`, through block `index`; yields what leaves it."""
         batches = self.hidden[first:]
         moved = _ahead(batches, self.source.device) if self.memory.offload else batches
-        for self.place, batch in enumerate(moved, start=first):
+        for self.batch_index, batch in enumerate(moved, start=first):
             yield self.forward(index, batch)
 
     def forward(self, index: int, batch: Tensor) -> Tensor:
         """Send one batch through block `index`, in parts where memory is short."""
         parts = batch.split(self.memory.batch_size or len(batch))
-        outputs = [self._through(index, part) for part in parts]
+        outputs = [self._run_block(index, part) for part in parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def sample(self, index: int) -> None:
         """Send as many sequences through block `index` as go through it at once, for what hooks see of it."""
         few = self.hidden[0][: self.memory.batch_size]
-        self._through(index, few.to(self.source.device))
+        self._run_block(index, few.to(self.source.device))
 
     def advance(self, index: int) -> None:
         """Replace the inputs of block `index` by its outputs, batch by batch. Called again after an error, it goes on.
@@ -128,7 +128,7 @@ class Walk:
             self.hidden[place] = _to_host(hidden)
         return "activations in host memory"
 
-    def _through(self, index: int, part: Tensor) -> Tensor:
+    def _run_block(self, index: int, part: Tensor) -> Tensor:
         if len(part) not in self._calls:
             self._calls[len(part)] = _record(self.source, self._sample[: len(part)])
         call = self._calls[len(part)][index]
@@ -136,16 +136,16 @@ class Walk:
         return output[0] if isinstance(output, tuple) else output
 
 
-def _run(source: Source, ids: Tensor) -> Any:
+def _run(source: BlockSource, ids: Tensor) -> Any:
     return source.model(ids.to(source.device), use_cache=False)
 
 
 @contextmanager
-def _bypassed(source: Source, visit: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
+def _bypassed(source: BlockSource, visit: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
     """The model with blocks that compute nothing: what leaves block `index` is `visit(index, hidden state, the rest)`."""
 
     def replacement(index: int, block: nn.Module) -> Callable[..., Any]:
-        width = source.tuples.get(type(block), 0)
+        width = source.tuple_lengths.get(type(block), 0)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden, args = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
@@ -167,7 +167,7 @@ def _bypassed(source: Source, visit: Callable[[int, Tensor, Call], Tensor]) -> I
                 block.forward = forward
 
 
-def _record(source: Source, ids: Tensor) -> list[Call]:
+def _record(source: BlockSource, ids: Tensor) -> list[Call]:
     """What each block receives besides the hidden state, for a batch of this shape."""
     calls: list[Call] = []
 
@@ -180,7 +180,7 @@ def _record(source: Source, ids: Tensor) -> list[Call]:
     return calls
 
 
-def _entering(source: Source, index: int, ids: Tensor) -> tuple[Tensor, Call]:
+def _entering(source: BlockSource, index: int, ids: Tensor) -> tuple[Tensor, Call]:
     """What enters block `index` if those before it hand on what they are given: for the first, the embedded tokens."""
     entering: list[tuple[Tensor, Call]] = []
 
@@ -195,18 +195,18 @@ def _entering(source: Source, index: int, ids: Tensor) -> tuple[Tensor, Call]:
     return entering[0]
 
 
-def _learn_tuples(source: Source, sequences: Tensor) -> None:
+def _learn_tuples(source: BlockSource, sequences: Tensor) -> None:
     """Find out which classes of blocks return tuples, of what length, by running the first block of each class."""
     ids = sequences.flatten()[None, :PROBE]
     for index, block in enumerate(source.blocks):
-        if type(block) not in source.tuples:
+        if type(block) not in source.tuple_lengths:
             hidden, call = _entering(source, index, ids)
-            with source.opened(index):
+            with source.open_block(index):
                 output = block(hidden, *call.args, **call.kwargs)
-            source.tuples[type(block)] = len(output) if isinstance(output, tuple) else 0
+            source.tuple_lengths[type(block)] = len(output) if isinstance(output, tuple) else 0
 
 
-def _refuse_arguments_that_depend_on_the_text(source: Source, sequences: Tensor) -> None:
+def _refuse_arguments_that_depend_on_the_text(source: BlockSource, sequences: Tensor) -> None:
     """What was recorded from one batch is passed on for all; refuse a model in which that would be wrong."""
     length = min(PROBE, sequences.numel() // 2)
     sample = sequences.flatten()[: 2 * length].reshape(2, length)

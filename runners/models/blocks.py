@@ -74,29 +74,29 @@ def _refuse_hidden_matrices(model: nn.Module, block: nn.Module) -> None:
             )
 
 
-class Source(Protocol):
+class BlockSource(Protocol):
     """A model, and the means to have the weights of one of its blocks in memory."""
 
     model: Any
     blocks: nn.ModuleList
     device: torch.device
-    tuples: dict[type, int]  # what `runners.models.activations` has learned of the blocks
+    tuple_lengths: dict[type, int]  # what `runners.models.activations` has learned of the blocks
 
-    def opened(self, index: int) -> AbstractContextManager[nn.Module]:
+    def open_block(self, index: int) -> AbstractContextManager[nn.Module]:
         """Block `index` with its original weights, for the time of the context."""
         ...
 
 
-class Resident:
+class InMemoryModel:
     """A model that is in memory as a whole. Its blocks keep what is written to them."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.blocks = decoder_blocks(model)
         self.device = next(model.parameters()).device
-        self.tuples: dict[type, int] = {}
+        self.tuple_lengths: dict[type, int] = {}
 
     @contextmanager
-    def opened(self, index: int) -> Iterator[nn.Module]:
+    def open_block(self, index: int) -> Iterator[nn.Module]:
         """Block `index`, which is there anyway."""
         yield self.blocks[index]

@@ -44,7 +44,7 @@ class Memory:
     row_slices: int = 1
     steps: list[str] = field(default_factory=list)
 
-    def attempt(self, what: str, run: Callable[[], T], *remedies: Remedy) -> T:
+    def retry(self, what: str, run: Callable[[], T], *remedies: Remedy) -> T:
         """Run it, as often as memory runs out and a remedy, the first that is left, makes something smaller.
 
         Raises:
@@ -111,13 +111,13 @@ class Memory:
             setattr(self, name, list(value) if name == "steps" else value)
 
 
-def never_keep_large() -> None:
+def configure_malloc() -> None:
     """Have glibc return large tensors to the system as they are freed: it would keep ever more of them, in pieces."""
     with suppress(AttributeError, OSError):  # another libc
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
-def give_back() -> None:
+def trim_malloc() -> None:
     """Return freed memory to the system. glibc keeps what lies between blocks in use, a little more with every block."""
     with suppress(AttributeError, OSError):  # another libc
         ctypes.CDLL(None).malloc_trim(0)

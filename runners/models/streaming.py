@@ -23,9 +23,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from runners.errors import InputError
-from runners.models.blocks import Resident, Source, decoder_blocks
+from runners.models.blocks import BlockSource, InMemoryModel, decoder_blocks
 from runners.models.checkpoint import Checkpoint, Model, load
-from runners.models.memory import give_back, never_keep_large
+from runners.models.memory import configure_malloc, trim_malloc
 from runners.models.verify import refuse_unused
 
 log = logging.getLogger(__name__)
@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 _looked_at: set[tuple[object, ...]] = set()  # checkpoints whose weights are known to be finite
 
 
-class _Loaded(Resident):
+class _RestoringModel(InMemoryModel):
     """A checkpoint whose names only transformers knows how to read: in memory as a whole, its weights kept beside."""
 
     @contextmanager
-    def opened(self, index: int) -> Iterator[nn.Module]:
+    def open_block(self, index: int) -> Iterator[nn.Module]:
         block = self.blocks[index]
         original = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
         try:
@@ -133,7 +133,7 @@ class StreamedModel:
         self.model.eval().requires_grad_(False)
         self.blocks = decoder_blocks(self.model)
         self.device = device
-        self.tuples: dict[type, int] = {}
+        self.tuple_lengths: dict[type, int] = {}
         self._folder, self._shards, self._dtype = checkpoint.folder, shards, dtype
         self._prefix = next(name for name, module in self.model.named_modules() if module is self.blocks)
         self._stored = stored
@@ -147,7 +147,7 @@ class StreamedModel:
                 module._buffers[name] = None if buffer is None else buffer.to(device)
 
     @contextmanager
-    def opened(self, index: int) -> Iterator[nn.Module]:
+    def open_block(self, index: int) -> Iterator[nn.Module]:
         """Block `index` with the checkpoint's weights, which leave the memory at the end."""
         block, prefix = self.blocks[index], f"{self._prefix}.{index}."
         self._fill(block, prefix, [name for name in self._stored if name.startswith(prefix)])
@@ -158,7 +158,7 @@ class StreamedModel:
                 for name, parameter in module._parameters.items():
                     if parameter is not None:
                         module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-            give_back()
+            trim_malloc()
 
     def _check_shapes(self) -> None:
         shapes = self._shards.shapes()
@@ -180,13 +180,13 @@ class StreamedModel:
         module.requires_grad_(False)
 
 
-def open_model(checkpoint: Checkpoint, model: Model, device: torch.device) -> Source:
+def open_model(checkpoint: Checkpoint, model: Model, device: torch.device) -> BlockSource:
     """The checkpoint, to be read block by block; as a whole where its names are not those of its modules.
 
     Raises:
         InputError: a weight is missing, has another shape than config.json says, or is not finite.
     """
-    never_keep_large()
+    configure_malloc()
     shards = Shards.of(checkpoint.folder)
     if (state := shards.state()) not in _looked_at:  # a run and its reference read the same files
         shards.check_finite()
@@ -195,7 +195,7 @@ def open_model(checkpoint: Checkpoint, model: Model, device: torch.device) -> So
     refuse_unused(checkpoint.folder, _unused(checkpoint.skeleton, shards, stored))
     if unknown := _unmatched(checkpoint.skeleton, stored):
         log.info("%s is stored under another name: loading %s as a whole", unknown[0], checkpoint.folder)
-        return _Loaded(load(checkpoint, model, device))
+        return _RestoringModel(load(checkpoint, model, device))
     return StreamedModel(checkpoint, shards, stored, _dtype(checkpoint, model, shards), device)
 
 

@@ -58,7 +58,7 @@ class FinishedBlocks:
         self.identity = identity
         self.manifests: list[Manifest] = []
 
-    def begin(self) -> int:
+    def resume(self) -> int:
         """Read what an earlier process has left behind; returns how many blocks need not be done again.
 
         Raises:
@@ -66,7 +66,7 @@ class FinishedBlocks:
         """
         file = self.folder / "identity.json"
         if not file.exists():
-            discard(self.folder.parent)
+            delete_finished_blocks(self.folder.parent)
             write(file, json.dumps(self.identity, indent=2) + "\n")
             return 0
         self._refuse_another(file)
@@ -135,7 +135,7 @@ class FinishedBlocks:
             )
 
 
-def discard(folder: Path) -> None:
+def delete_finished_blocks(folder: Path) -> None:
     """Delete the finished blocks of a run's folder."""
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
 

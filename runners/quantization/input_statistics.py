@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from quantease.matmul import add_second_moment
-from runners.models.activations import Walk
+from runners.models.activations import BlockActivations
 from runners.models.blocks import linear_layers
 from runners.storage.cache import Cache
 
 PARTS = ("hessian", "mean_input", "held_out")
 
-Measured = list[tuple[tuple[str, ...], "InputStatistics"]]  # the layers that share an input, and what is known of it
+MeasuredGroups = list[
+    tuple[tuple[str, ...], "InputStatistics"]
+]  # the layers that share an input, and what is known of it
 
 
-def shared_inputs(walk: Walk, index: int) -> list[tuple[str, ...]]:
+def input_groups(walk: BlockActivations, index: int) -> list[tuple[str, ...]]:
     """The linear layers of a block, grouped by the input they share, in the order in which the block uses them.
 
     A layer that the first sequences do not use is in no group.
@@ -77,13 +79,13 @@ class _Sums:
         return self._hessians[name].div_(self.tokens), self._sizes[name].div_(self.tokens)
 
 
-def input_statistics(walk: Walk, index: int, groups: list[tuple[str, ...]]) -> list[InputStatistics]:
+def input_statistics(walk: BlockActivations, index: int, groups: list[tuple[str, ...]]) -> list[InputStatistics]:
     """Run block `index` on all batches; for each group of layers the statistics of the input they share."""
     layers = linear_layers(walk.blocks[index])
     used, held_out = _Sums(), _Sums()
 
     def sums() -> _Sums:
-        return used if walk.place < walk.calibrating else held_out
+        return used if walk.batch_index < walk.calibration_batches else held_out
 
     def add(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -104,7 +106,7 @@ def input_statistics(walk: Walk, index: int, groups: list[tuple[str, ...]]) -> l
     ]
 
 
-class SharedStatistics:
+class StatisticsCache:
     """The statistics of one model's blocks on one set of calibration sequences.
 
     Args:
@@ -114,7 +116,7 @@ class SharedStatistics:
     def __init__(self, cache: Cache, key: dict[str, Any], device: torch.device) -> None:
         self._cache, self._key, self._device = cache, key, str(device)
 
-    def get(self, index: int) -> Measured | None:
+    def get(self, index: int) -> MeasuredGroups | None:
         """For each group of layers of block `index` what is known of the input that they share; None: nothing."""
         tensors = self._cache.get(self._of(index), self._device)
         if tensors is None:
@@ -127,7 +129,7 @@ class SharedStatistics:
             (tuple(group.partition("/")[2].split(",")), InputStatistics(**parts)) for group, parts in groups.items()
         ]
 
-    def put(self, index: int, measured: Measured) -> None:
+    def put(self, index: int, measured: MeasuredGroups) -> None:
         """Keep them."""
         tensors = {
             f"{place:03d}/{','.join(group)}/{part}": tensor

@@ -15,16 +15,16 @@ from torch import Tensor
 from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported, objective, stacked, takes_rows_alone
 from runners.errors import InputError
-from runners.models.activations import Walk
-from runners.models.blocks import LinearLayer, Source, linear_layers, replace_weights
+from runners.models.activations import BlockActivations
+from runners.models.blocks import BlockSource, LinearLayer, linear_layers, replace_weights
 from runners.models.memory import Memory
 from runners.quantization.finished_blocks import FinishedBlocks
 from runners.quantization.input_statistics import (
     InputStatistics,
-    Measured,
-    SharedStatistics,
+    MeasuredGroups,
+    StatisticsCache,
+    input_groups,
     input_statistics,
-    shared_inputs,
 )
 from runners.results.layers import LayerRecord
 from runners.timing import Phases, clock
@@ -62,14 +62,14 @@ class Quantization:
 
     def __init__(
         self,
-        source: Source,
+        source: BlockSource,
         sequences: Tensor,
         plan: Plan,
         *,
         batch_size: int,
         held_out: Tensor | None = None,
         blocks: FinishedBlocks | None = None,
-        shared: SharedStatistics | None = None,
+        shared: StatisticsCache | None = None,
         memory: Memory | None = None,
         phases: Phases | None = None,
     ) -> None:
@@ -77,7 +77,7 @@ class Quantization:
         self.memory = memory or Memory()
         self.phases = phases or Phases(source.device)
         self._inputs = sequences, batch_size, held_out
-        self._walk: Walk | None = None
+        self._walk: BlockActivations | None = None
         self._position = 0  # of the walk: the block whose inputs it holds
         self._answers: dict[str, QuantizedLayer] = {}  # of the current block
 
@@ -109,7 +109,7 @@ class Quantization:
         return records
 
     def _resume(self) -> list[LayerRecord]:
-        if self.blocks is None or not self.blocks.begin():
+        if self.blocks is None or not self.blocks.resume():
             return []
         self.memory.restore(self.blocks.manifests[-1].memory)
         for manifest in self.blocks.manifests:
@@ -121,7 +121,7 @@ class Quantization:
         self._answers = {}
         known = self.shared.get(index) if self.shared and self.plan.full_precision else None
         walk = self._walk_to(index) if known is None else None  # before this block is opened: it may open others
-        with self.source.opened(index) as block:
+        with self.source.open_block(index) as block:
             layers, used = linear_layers(block), set()
             for measured in [known] if walk is None else self._measure(walk, index):
                 for group, statistics in measured or []:
@@ -133,18 +133,18 @@ class Quantization:
             if walk is not None and not self.plan.full_precision:
                 self._advance(walk)
 
-    def _measure(self, walk: Walk, index: int) -> Iterator[Measured]:
+    def _measure(self, walk: BlockActivations, index: int) -> Iterator[MeasuredGroups]:
         """What the layers of a block are calibrated on: all at once or, where it is true-sequential, group by group."""
         when = f"in the calibration of block {index}"
         smaller = self.memory.smaller_batches(walk.batch_size)
 
-        def attempt(run: Callable[[], Any]) -> Any:
+        def retry(run: Callable[[], Any]) -> Any:
             with self.phases.of("calibrate"):
-                return self.memory.attempt(when, run, smaller, walk.to_host, self.memory.smaller_hessian_parts)
+                return self.memory.retry(when, run, smaller, walk.to_host, self.memory.smaller_hessian_parts)
 
-        groups = attempt(lambda: shared_inputs(walk, index))
+        groups = retry(lambda: input_groups(walk, index))
         for passed in [[group] for group in groups] if self.plan.true_sequential else [groups]:
-            statistics = attempt(lambda passed=passed: input_statistics(walk, index, passed))
+            statistics = retry(lambda passed=passed: input_statistics(walk, index, passed))
             measured = list(zip(passed, statistics, strict=True))
             if self.plan.full_precision:  # while the block has its own weights
                 if self.shared:
@@ -152,16 +152,16 @@ class Quantization:
                 self._advance(walk)
             yield measured
 
-    def _walk_to(self, index: int) -> Walk:
+    def _walk_to(self, index: int) -> BlockActivations:
         """The activations that enter block `index`, which are made anew where there are none."""
         if self._walk is None:
             sequences, batch_size, held_out = self._inputs
             with self.phases.of("calibrate"):
-                self._walk = Walk(self.source, sequences, batch_size, held_out, self.memory)
+                self._walk = BlockActivations(self.source, sequences, batch_size, held_out, self.memory)
         if self._position < index:
             state = self.memory.batch_size
             while self._position < index:
-                with self.source.opened(self._position) as block:
+                with self.source.open_block(self._position) as block:
                     if self.blocks is not None and not self.plan.full_precision:
                         self.memory.batch_size = self.blocks.manifests[self._position].memory["batch_size"]
                         replace_weights(block, self.blocks.layers(self._position, str(self.source.device)))
@@ -169,11 +169,11 @@ class Quantization:
             self.memory.batch_size = state
         return self._walk
 
-    def _advance(self, walk: Walk) -> None:
+    def _advance(self, walk: BlockActivations) -> None:
         index = self._position
         with self.phases.of("propagate"):
             smaller = self.memory.smaller_batches(walk.batch_size)
-            self.memory.attempt(f"after block {index}", lambda: walk.advance(index), smaller, walk.to_host)
+            self.memory.retry(f"after block {index}", lambda: walk.advance(index), smaller, walk.to_host)
         self._position += 1
 
     def _solve_group(
@@ -193,7 +193,7 @@ class Quantization:
             where = f"{', '.join(names)} in block {index}"
             solve = partial(self._solve, names, layers, weights, statistics, index, where)
             with self.phases.of("solve"):
-                solved = self.memory.attempt(f"in the solver of {where}", solve, *remedies)
+                solved = self.memory.retry(f"in the solver of {where}", solve, *remedies)
             yield from solved
 
     def _solve(

@@ -9,7 +9,7 @@ import torch
 from quantease.layer import Unsupported
 from runners.config.settings import Settings
 from runners.errors import InputError
-from runners.quantization.finished_blocks import discard
+from runners.quantization.finished_blocks import delete_finished_blocks
 from runners.results.layers import LayerRecord, refuse_warnings
 from runners.results.progress import Progress, owner, read_progress, remove_progress
 from runners.results.run_folder import METRICS, RunFolder
@@ -82,7 +82,7 @@ def _run(settings: Settings, folder: RunFolder) -> dict[str, Any]:
         tracker.finish(metrics, state.records)
     folder.write_json(METRICS, metrics)
     if metrics["status"] == "done" and not settings.keep_checkpoint:
-        discard(folder.path)  # not before the row is there: who is killed in between has lost nothing
+        delete_finished_blocks(folder.path)  # not before the row is there: who is killed in between has lost nothing
     remove_progress(folder.path)
     if interrupt is not None:
         raise interrupt

@@ -13,11 +13,11 @@ from runners.console import progress
 from runners.data.windows import perplexity
 from runners.evaluation.likelihood import Evaluation, SharedActivations
 from runners.evaluation.zero_shot import measure_tasks, whole_model
-from runners.models.blocks import Source, linear_layers
+from runners.models.blocks import BlockSource, linear_layers
 from runners.models.memory import Memory, out_of_memory
 from runners.models.streaming import open_model
-from runners.quantization.finished_blocks import FinishedBlocks, discard
-from runners.quantization.input_statistics import SharedStatistics
+from runners.quantization.finished_blocks import FinishedBlocks, delete_finished_blocks
+from runners.quantization.input_statistics import StatisticsCache
 from runners.quantization.layerwise import Plan, Quantization
 from runners.results.layers import LayerRecord, summary
 from runners.run.keys import model_key, resume_identity, statistics_key
@@ -39,7 +39,7 @@ class Work:
 
     settings: Settings
     inputs: Inputs
-    source: Source
+    source: BlockSource
     blocks: FinishedBlocks | None
     cache: Cache
     memory: Memory = field(default_factory=Memory)
@@ -49,7 +49,7 @@ class Work:
         """Open the model; with `force`, forget the blocks that an earlier run has finished."""
         source = open_model(inputs.checkpoint, settings.model, inputs.device)
         if settings.force:
-            discard(folder)
+            delete_finished_blocks(folder)
         blocks = FinishedBlocks(folder, resume_identity(settings, inputs)) if settings.quantizes else None
         cache = Cache(None if settings.cache is None else Path(settings.cache), settings.cache_gb)
         return cls(settings, inputs, source, blocks, cache)
@@ -68,7 +68,7 @@ class Work:
             batch_size=self.inputs.batch_size,
             held_out=sequences.held_out,
             blocks=self.blocks,
-            shared=SharedStatistics(self.cache, statistics_key(self.settings, self.inputs), self.inputs.device),
+            shared=StatisticsCache(self.cache, statistics_key(self.settings, self.inputs), self.inputs.device),
             memory=self.memory,
             phases=phases,
         )

@@ -11,7 +11,7 @@ from quantease.grid import GridSpec
 from runners.data.calibration import ids_hash
 from runners.data.windows import window_losses
 from runners.evaluation.likelihood import Evaluation, SharedActivations, compare
-from runners.models.blocks import Resident
+from runners.models.blocks import InMemoryModel
 from runners.quantization.finished_blocks import FinishedBlocks
 from runners.quantization.layerwise import Plan, Quantization
 from runners.run.experiment import run_cell, run_experiment
@@ -23,7 +23,7 @@ from tests.runs.test_experiment import read_csv
 
 def evaluate(model: Any, **options: Any) -> dict[str, list[float]]:
     ids = random_ids(5)
-    return Evaluation(Resident(model), {"text": (ids, ids_hash(ids))}, 2, **options).run(lambda _: None)["text"]
+    return Evaluation(InMemoryModel(model), {"text": (ids, ids_hash(ids))}, 2, **options).run(lambda _: None)["text"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -40,7 +40,7 @@ def test_the_distance_from_the_unquantized_model(family: str, tmp_path: Path) ->
     """KL and top-1 agreement against float64 sums over the vocabulary, position by position."""
     original, model, ids = random_model(family), random_model(family), random_ids(5)
     blocks = FinishedBlocks(tmp_path, {})
-    Quantization(Resident(model), random_ids(3), Plan(RTN(), GridSpec(2)), batch_size=3, blocks=blocks).run(
+    Quantization(InMemoryModel(model), random_ids(3), Plan(RTN(), GridSpec(2)), batch_size=3, blocks=blocks).run(
         lambda _: None
     )
     shared = SharedActivations(Cache(tmp_path / "cache", 1.0), {})

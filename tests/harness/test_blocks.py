@@ -9,10 +9,10 @@ import transformers
 from torch import Tensor, nn
 
 from runners.errors import InputError
-from runners.models.activations import Walk
-from runners.models.blocks import Resident, decoder_blocks, linear_layers
+from runners.models.activations import BlockActivations
+from runners.models.blocks import InMemoryModel, decoder_blocks, linear_layers
 from runners.models.memory import Memory
-from runners.quantization.input_statistics import input_statistics, shared_inputs
+from runners.quantization.input_statistics import input_groups, input_statistics
 from tests.families import FAMILIES, random_ids, random_model
 
 # Which layers share an input, in the order in which the block uses them.
@@ -59,7 +59,7 @@ def outputs_of_blocks(model: Any, ids: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_walk_is_the_models_own_forward_pass(family: str) -> None:
     model, ids = random_model(family), random_ids(7)  # 7 = 3 + 3 + 1: the last batch is smaller
-    walk = Walk(Resident(model), ids, batch_size=3)
+    walk = BlockActivations(InMemoryModel(model), ids, batch_size=3)
     expected = [outputs_of_blocks(model, batch) for batch in ids.split(3)]
     for index in range(len(walk.blocks)):
         walk.advance(index)
@@ -69,8 +69,8 @@ def test_the_walk_is_the_models_own_forward_pass(family: str) -> None:
 
 @pytest.mark.parametrize("family", SHARED)
 def test_layers_that_share_an_input_are_found(family: str) -> None:
-    walk = Walk(Resident(random_model(family)), random_ids(2), batch_size=2)
-    assert [set(group) for group in shared_inputs(walk, 1)] == SHARED[family]
+    walk = BlockActivations(InMemoryModel(random_model(family)), random_ids(2), batch_size=2)
+    assert [set(group) for group in input_groups(walk, 1)] == SHARED[family]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,8 +86,8 @@ def test_the_statistics_are_those_of_what_enters_each_layer(family: str) -> None
     model(ids, use_cache=False)
     for handle in handles:
         handle.remove()
-    walk = Walk(Resident(model), ids, batch_size=2)
-    groups = shared_inputs(walk, 0)
+    walk = BlockActivations(InMemoryModel(model), ids, batch_size=2)
+    groups = input_groups(walk, 0)
     assert sorted(name for group in groups for name in group) == sorted(layers)
     for group, statistics in zip(groups, input_statistics(walk, 0, groups), strict=True):
         for name in group:
@@ -127,15 +127,15 @@ def test_a_model_without_blocks_is_refused() -> None:
 def test_a_layer_that_is_never_used_shares_no_input() -> None:
     model = random_model("opt")
     model.model.decoder.layers[0].spare = nn.Linear(32, 32)
-    walk = Walk(Resident(model), random_ids(2), batch_size=2)
-    assert "spare" not in {name for group in shared_inputs(walk, 0) for name in group}
+    walk = BlockActivations(InMemoryModel(model), random_ids(2), batch_size=2)
+    assert "spare" not in {name for group in input_groups(walk, 0) for name in group}
 
 
 def test_activations_that_are_not_finite_are_noticed_and_go_no_further() -> None:
     model = random_model("llama")
     model.model.layers[0].mlp.up_proj.weight.fill_(1e38)
-    walk = Walk(Resident(model), random_ids(2), batch_size=2)
-    groups = shared_inputs(walk, 0)
+    walk = BlockActivations(InMemoryModel(model), random_ids(2), batch_size=2)
+    groups = input_groups(walk, 0)
     finite = dict(zip(groups, (statistics.finite for statistics in input_statistics(walk, 0, groups)), strict=True))
     assert not finite["mlp.down_proj",]
     assert sum(finite.values()) == len(groups) - 1
@@ -153,7 +153,7 @@ def test_arguments_that_depend_on_the_text_are_refused() -> None:
         with_kwargs=True,
     )
     with pytest.raises(InputError, match=r"block 1 .* depend on the text"):
-        Walk(Resident(model), random_ids(2), batch_size=2)
+        BlockActivations(InMemoryModel(model), random_ids(2), batch_size=2)
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
@@ -162,13 +162,13 @@ def test_activations_in_host_memory_change_nothing(family: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, ids = random_model(family).to(device), random_ids(7)
     near, far = (
-        Walk(Resident(model), ids, 3, memory=Memory(offload=False)),
-        Walk(Resident(model), ids, 3, memory=Memory(offload=True)),
+        BlockActivations(InMemoryModel(model), ids, 3, memory=Memory(offload=False)),
+        BlockActivations(InMemoryModel(model), ids, 3, memory=Memory(offload=True)),
     )
     assert all(batch.device.type == "cpu" for batch in far.hidden)
     for index in range(len(near.blocks)):
-        groups = shared_inputs(near, index)
-        assert shared_inputs(far, index) == groups
+        groups = input_groups(near, index)
+        assert input_groups(far, index) == groups
         pairs = zip(input_statistics(near, index, groups), input_statistics(far, index, groups), strict=True)
         assert all(torch.equal(a.hessian, b.hessian) for a, b in pairs)
         near.advance(index)

@@ -14,8 +14,8 @@ from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from quantease.matmul import add_second_moment
 from runners.errors import InputError
-from runners.models.activations import Walk
-from runners.models.blocks import Resident, decoder_blocks
+from runners.models.activations import BlockActivations
+from runners.models.blocks import InMemoryModel, decoder_blocks
 from runners.models.memory import Memory, out_of_memory
 from runners.quantization import input_statistics as statistics
 from runners.quantization.layerwise import Plan, Quantization
@@ -27,7 +27,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 def quantized(solver: LayerSolver, memory: Memory) -> Any:
     model = random_model("llama")
     plan = Plan(solver, GridSpec(3))
-    Quantization(Resident(model), random_ids(8), plan, batch_size=8, memory=memory).run(lambda _: None)
+    Quantization(InMemoryModel(model), random_ids(8), plan, batch_size=8, memory=memory).run(lambda _: None)
     return model
 
 
@@ -51,17 +51,17 @@ def test_the_allocator_of_this_machine_is_understood() -> None:
 
 
 def test_batches_are_halved_until_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    through: Callable[..., torch.Tensor] = Walk._through
+    through: Callable[..., torch.Tensor] = BlockActivations._run_block
     sizes: list[int] = []
 
-    def small(self: Walk, index: int, part: torch.Tensor) -> torch.Tensor:
+    def small(self: BlockActivations, index: int, part: torch.Tensor) -> torch.Tensor:
         sizes.append(len(part))
         if len(part) > 2:
             raise FULL
         return through(self, index, part)
 
     expected = quantized(RTN(), Memory())
-    monkeypatch.setattr(Walk, "_through", small)
+    monkeypatch.setattr(BlockActivations, "_run_block", small)
     memory = Memory()
     assert_same_weights(quantized(RTN(), memory), expected)
     assert memory.batch_size == 2
@@ -139,25 +139,25 @@ def test_other_errors_are_not_tried_again() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        Memory().attempt("here", fail, Memory().smaller_batches(8))
+        Memory().retry("here", fail, Memory().smaller_batches(8))
     assert len(calls) == 1
 
 
 def test_an_advance_that_is_interrupted_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = random_model("opt"), random_ids(6)
-    expected = Walk(Resident(model), ids, 2)
+    expected = BlockActivations(InMemoryModel(model), ids, 2)
     expected.advance(0)
-    walk = Walk(Resident(model), ids, 2)
-    forward: Callable[..., torch.Tensor] = Walk.forward
+    walk = BlockActivations(InMemoryModel(model), ids, 2)
+    forward: Callable[..., torch.Tensor] = BlockActivations.forward
     calls: list[int] = []
 
-    def fails_once(self: Walk, index: int, batch: torch.Tensor) -> torch.Tensor:
+    def fails_once(self: BlockActivations, index: int, batch: torch.Tensor) -> torch.Tensor:
         calls.append(index)
         if len(calls) == 3:
             raise FULL
         return forward(self, index, batch)
 
-    monkeypatch.setattr(Walk, "forward", fails_once)
-    Memory().attempt("here", lambda: walk.advance(0), lambda: "a smaller thing")
+    monkeypatch.setattr(BlockActivations, "forward", fails_once)
+    Memory().retry("here", lambda: walk.advance(0), lambda: "a smaller thing")
     assert len(calls) == 4
     assert all(torch.equal(a, b) for a, b in zip(walk.hidden, expected.hidden, strict=True))

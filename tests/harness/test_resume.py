@@ -235,4 +235,4 @@ def test_finished_blocks_are_kept_only_on_demand(toy_settings: ToySettings, tmp_
 def test_an_identity_that_cannot_be_read_is_a_sentence(half_done: Settings) -> None:
     (half_done.folder / "checkpoint" / "identity.json").write_text("[")
     with pytest.raises(InputError, match=r"identity\.json is damaged .* force=true"):
-        FinishedBlocks(half_done.folder, {"model": "m"}).begin()
+        FinishedBlocks(half_done.folder, {"model": "m"}).resume()

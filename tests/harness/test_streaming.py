@@ -17,7 +17,7 @@ from baselines.rtn import RTN
 from quantease.grid import GridSpec
 from runners.data.calibration import ids_hash
 from runners.evaluation.likelihood import Evaluation
-from runners.models.blocks import Resident, decoder_blocks
+from runners.models.blocks import InMemoryModel, decoder_blocks
 from runners.models.checkpoint import Model, load, open_checkpoint
 from runners.models.streaming import StreamedModel, open_model
 from runners.quantization.finished_blocks import FinishedBlocks
@@ -45,7 +45,7 @@ def test_every_weight_is_the_one_that_transformers_loads(family: str, dtype: str
     weights = expected.state_dict()
     for index, theirs in enumerate(decoder_blocks(expected)):
         assert all(parameter.is_meta for parameter in source.blocks[index].parameters())
-        with source.opened(index) as block:
+        with source.open_block(index) as block:
             assert block.state_dict().keys() == theirs.state_dict().keys()
             for name, weight in theirs.state_dict().items():
                 assert torch.equal(block.state_dict()[name], weight), name
@@ -73,7 +73,7 @@ def test_a_checkpoint_of_the_base_model_is_read_too(family: str, tmp_path: Path)
     settings = Model("base", str(tmp_path))
     source = open_model(open_checkpoint(settings), settings, CPU)
     assert isinstance(source, StreamedModel)
-    with source.opened(1) as block:
+    with source.open_block(1) as block:
         theirs = decoder_blocks(model)[1].state_dict()
         assert all(torch.equal(weight, theirs[name]) for name, weight in block.state_dict().items())
 
@@ -86,14 +86,14 @@ def test_streamed_and_whole_models_give_the_same(family: str, tmp_path: Path) ->
     blocks = FinishedBlocks(tmp_path, {})
     plan = Plan(RTN(), GridSpec(3))
     records = Quantization(source, random_ids(3), plan, batch_size=2, blocks=blocks).run(lambda _: None)
-    expected = Quantization(Resident(whole), random_ids(3), plan, batch_size=2).run(lambda _: None)
+    expected = Quantization(InMemoryModel(whole), random_ids(3), plan, batch_size=2).run(lambda _: None)
     assert [(r.block, r.layer, r.relative_error) for r in records] == [
         (r.block, r.layer, r.relative_error) for r in expected
     ]
     texts = {"text": (ids, ids_hash(ids))}
-    assert Evaluation(source, texts, 2, blocks=blocks).run(lambda _: None) == Evaluation(Resident(whole), texts, 2).run(
-        lambda _: None
-    )
+    assert Evaluation(source, texts, 2, blocks=blocks).run(lambda _: None) == Evaluation(
+        InMemoryModel(whole), texts, 2
+    ).run(lambda _: None)
 
 
 OTHER_NAMES = "model.decoder.layers.0.fc1.weight"
@@ -108,9 +108,9 @@ def test_names_that_only_transformers_knows_are_loaded_as_a_whole(
     monkeypatch.setattr("runners.models.streaming._unmatched", lambda *_: [OTHER_NAMES])
     source = open_model(checkpoint, settings, CPU)
     assert not isinstance(source, StreamedModel)
-    with source.opened(0) as block:
+    with source.open_block(0) as block:
         block.get_parameter("fc1.weight").zero_()
-    with source.opened(0) as block:  # what was written is lost, as it is where blocks are read anew
+    with source.open_block(0) as block:  # what was written is lost, as it is where blocks are read anew
         assert torch.equal(block.get_parameter("fc1.weight"), decoder_blocks(model)[0].get_parameter("fc1.weight"))
 
 

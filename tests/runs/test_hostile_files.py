@@ -165,7 +165,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with one finished block."""
     folder = tmp_path_factory.mktemp("finished")
     blocks = FinishedBlocks(folder, IDENTITY)
-    assert blocks.begin() == 0
+    assert blocks.resume() == 0
     layers = {"fc1": RTN().solve(random_problem(8, 16), GridSpec(3))}
     record = LayerRecord(0, "fc1", 8, 16, relative_error=0.125, history=(0.5, 0.125))
     blocks.save(0, layers, {"records": [record], "memory": Memory().state, "seconds": {"solve": 1.5}})
@@ -177,7 +177,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(data=st.data())
 def test_a_damaged_block_is_not_there_or_as_it_was(name: str, data: st.DataObject, finished: Path) -> None:
     sound = FinishedBlocks(finished, IDENTITY)
-    assert sound.begin() == 1
+    assert sound.resume() == 1
     weight = sound.layers(0, "cpu")["fc1"].weight
     whole = (finished / "checkpoint" / name).read_bytes()
     anything = json_values().map(lambda value: json.dumps(value).encode())
@@ -186,7 +186,7 @@ def test_a_damaged_block_is_not_there_or_as_it_was(name: str, data: st.DataObjec
         shutil.copytree(finished / "checkpoint", Path(place) / "checkpoint")
         (Path(place) / "checkpoint" / name).write_bytes(content)
         blocks = FinishedBlocks(Path(place), IDENTITY)
-        if sentence(blocks.begin) == 1:
+        if sentence(blocks.resume) == 1:
             assert blocks.manifests == sound.manifests
             assert torch.equal(blocks.layers(0, "cpu")["fc1"].weight, weight)
 
