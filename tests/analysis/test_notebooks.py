@@ -41,7 +41,7 @@ def test_a_notebook_runs_from_top_to_bottom(source: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     notebook: Any = jupytext.read(source)
     NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}
     ).execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     kinds = {kind for output in shown for kind in output.get("data", {})}

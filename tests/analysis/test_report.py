@@ -105,7 +105,7 @@ def test_a_browser_shows_the_page_with_all_its_figures_and_asks_nobody_else(
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     images = text.count("<img ")
     assert images >= 2

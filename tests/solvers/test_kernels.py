@@ -1,6 +1,6 @@
 """The fast forms of the pass over a block, held to the plain one: on the CPU, and through Triton's interpreter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -27,6 +27,15 @@ SPECS = [
     GridSpec(3, group_size=36, range="mse"),
 ]
 FORMS = ["cpu", "cuda"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def two_threads() -> Iterator[None]:
+    """Where the tests run with one thread each: the rows of a block are shared out, which has to be tested too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(2, threads))
+    yield
+    torch.set_num_threads(threads)
 
 
 def on_the_gpu(*arguments: Tensor | Columns | None) -> None:

@@ -52,7 +52,7 @@ def test_two_cells_never_share_a_gpu_and_a_third_waits(caplog: pytest.LogCapture
             time.sleep(1)
             assert third == []
             assert caplog.messages == ["all 2 GPUs are taken: waiting for one"]
-        waiting.join(timeout=10)
+        waiting.join(timeout=120)
         assert third == ["1"]
 
 

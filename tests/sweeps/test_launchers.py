@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -12,29 +13,38 @@ from runners.config import launchers
 from runners.config.command_line import check
 from runners.errors import InputError
 from runners.run.experiment import run_experiment
-from tests.conftest import PROJECT, ToySettings
+from tests.conftest import PROJECT
 
 PRESETS = sorted(path.stem for path in (PROJECT / "conf" / "hydra" / "launcher").glob("*.yaml"))
 RUN_HERE = ["workers", "slurm_local", "ray_local"]  # `slurm` needs one
 
 
+@pytest.fixture(scope="module")
+def sweep(toy_model: Path, data_root: Path) -> list[str]:
+    """The sweep that every launcher runs, without the launcher and the results folder."""
+    toy = ["model=local", f"model.path={toy_model}", "calibration.num_sequences=6", "calibration=c4", "tracker=none"]
+    return [*toy, "method=rtn,gptq", "evaluation=wikitext2", "study=swept", f"data_root={data_root}"]
+
+
+@pytest.fixture(scope="module")
+def expected(sweep: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The rows of its cells and their reference, by digest, as this process measures them."""
+    cells = check([*sweep, f"results={tmp_path_factory.mktemp('expected')}"], multirun=True)
+    return {row["digest"]: row for cell in cells for row in run_experiment(cell)}
+
+
 @pytest.mark.parametrize("launcher", ["basic", *RUN_HERE])
 def test_the_same_sweep_gives_the_same_results(
-    launcher: str, toy_settings: ToySettings, toy_model: Path, data_root: Path, tmp_path: Path
+    launcher: str, sweep: list[str], expected: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     if launcher != "basic":
         pytest.importorskip(f"hydra_plugins.hydra_{launchers.EXTRAS[launcher]}_launcher")
-    toy = ["model=local", f"model.path={toy_model}", "calibration.num_sequences=6", "calibration=c4", "tracker=none"]
-    sweep = ["-m", f"hydra/launcher={launcher}", "method=rtn,gptq", "evaluation=wikitext2", "study=swept"]
-    command = [sys.executable, "run.py", *sweep, *toy, f"data_root={data_root}", f"results={tmp_path}"]
+    command = [sys.executable, "run.py", "-m", f"hydra/launcher={launcher}", *sweep, f"results={tmp_path}"]
     answer = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "Traceback" not in answer.stdout + answer.stderr
     rows = [json.loads(file.read_text()) for file in tmp_path.glob("swept/toy/*/metrics.json")]
     assert sorted(row["method"] for row in rows) == ["fp16", "gptq", "rtn"]
-    expected = {
-        row["digest"]: row for method in ("rtn", "gptq") for row in run_experiment(toy_settings(f"method={method}"))
-    }
     for row in rows:
         assert row["status"] == "done"
         for key in ("ppl/wikitext2", "layers/mean_relative_error", "bits_per_weight"):

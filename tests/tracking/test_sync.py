@@ -134,5 +134,5 @@ def test_a_real_run_is_found_and_wandbs_own_command_takes_it(
     (folder,) = sync.plan(settings.study_folder).send
     assert settings.run_name in folder.name
     command = [*sync.WANDB, "sync", "-n", str(sync.AT_ONCE), "--dry-run", str(folder)]
-    said = subprocess.run(command, capture_output=True, check=True, cwd=settings.study_folder, timeout=60)
+    said = subprocess.run(command, capture_output=True, check=True, cwd=settings.study_folder, timeout=300)
     assert "Would sync 1 run(s)" in said.stderr.decode()
