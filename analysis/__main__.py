@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 from analysis.collect import collect
-from analysis.intervals import compare
+from analysis.intervals import compare_runs
 from analysis.report import write_report
-from analysis.series import counts
 from analysis.tables.comparison import comparison, markdown
+from runners.results.metrics import Status, status_counts
 
 RESULTS = Path("results")
 
@@ -46,8 +46,8 @@ def _study(arguments: list[str]) -> None:
     if not only_report:
         frame = collect(folder, conditions)
         print(markdown(comparison(frame)))
-        if set(frame["status"]) != {"done"}:
-            print(f"\nOf {len(frame)} runs: {counts(frame)}. The table shows those that are done.")
+        if set(frame["status"]) != {Status.DONE}:
+            print(f"\nOf {len(frame)} runs: {status_counts(frame['status'])}. The table shows those that are done.")
     if only_report or not conditions:
         print(f"\nAll tables and figures: {write_report(folder, conditions) / 'index.html'}")
 
@@ -56,7 +56,7 @@ def _compare(words: list[str]) -> None:
     if len(words) != 2:
         raise ValueError("compare takes two runs: python -m analysis compare RUN RUN")
     first, second = map(_run, words)
-    for text, ratio in compare(first, second).items():
+    for text, ratio in compare_runs(first, second).items():
         print(f"{text}: perplexity of {first.name} over that of {second.name} = {ratio} (95 % over the windows)")
 
 

@@ -1,36 +1,45 @@
-"""How sure a ratio of two perplexities is: the paired bootstrap over windows and seeds.
+"""The uncertainty of a ratio of two perplexities: a paired bootstrap over evaluation windows and calibration seeds.
 
-Two runs that read the same windows share what makes a window hard, so their losses are compared window by window: the
-ratio of the perplexities is exp(mean of the differences). Windows are drawn again with replacement, the same for both.
-Where a series has several seeds, these are drawn again too, independently of the windows (a window has one difficulty
-for all seeds): Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1 (2007). Both series draw the same
-seeds where they have the same (one seed is one set of calibration sequences), else each draws its own. A series of
-one run says nothing about seeds: then the interval is about the windows alone.
+Perplexity is the exponential of the mean loss per token, so the ratio of two of them is the exponential of the mean
+difference of losses. Two runs that read the same windows share what makes a window hard, which is most of the variation
+between windows: the differences are taken window by window, and the windows are resampled with replacement, the same
+ones for both runs.
 
-Few seeds resampled vary too little, by sqrt((n-1)/n) and by the normal instead of Student's quantile, so that their
-draws are spread by both factors: Hesterberg, "What teachers should know about the bootstrap", The American Statistician
-69 (2015), the expanded percentile interval.
+Where a series has several seeds, these are resampled too, independently of the windows, because the two are crossed and
+not nested (each seed is measured on every window): Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1
+(2007). Two series with the same seeds resample them together (a seed is one set of calibration sequences, which is good
+or bad for both methods), else each resamples its own. A series of one run says nothing about seeds; its interval covers
+the windows alone.
+
+Few seeds, when resampled, vary too little for two reasons: the plug-in variance divides by n and not by n - 1, and a
+percentile interval uses the normal quantile where Student's applies. The resampled means are spread by both factors:
+Hesterberg, "What teachers should know about the bootstrap", The American Statistician 69 (2015), the expanded percentile
+interval.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri, stdtrit
 
 LEVEL = 0.95
+# The ends of the interval are 2.5 % quantiles: their Monte Carlo error, sqrt(0.025 * 0.975 / RESAMPLES) over the normal
+# density there, is 0.7 % of the interval's width, less than the digits that tables print.
 RESAMPLES = 10_000
 
 Floats = NDArray[np.float64]
+Resampled = Literal["windows", "seeds", "other seeds"]  # each has a random stream of its own
 
 
 class Losses:
-    """The mean negative log-likelihood of a token, in nats, of every seed and window of a text.
+    """The losses of one series on one text: the mean negative log-likelihood per token, in nats, of every window.
 
     Args:
-        by_seed: of each seed, its windows in order.
+        by_seed: for each seed, the losses of its windows, in the order of the text.
 
     Raises:
         ValueError: there are no windows, or not the same number for all seeds.
@@ -44,23 +53,26 @@ class Losses:
         self.nll = np.stack(rows)  # (seeds, windows)
 
     @cached_property
-    def drawn(self) -> Floats:
-        """The mean loss in every resample of windows and seeds, (resamples,)."""
-        return self._drawn("seeds")
+    def resampled_means(self) -> Floats:
+        """The mean loss in every resample of windows and seeds, (RESAMPLES,)."""
+        return self._resample("seeds")
 
     @cached_property
-    def drawn_apart(self) -> Floats:
-        """The same with the same windows and other draws of the seeds, for pairs that do not share them."""
-        return self._drawn("other seeds")
+    def resampled_means_other_seeds(self) -> Floats:
+        """The same on the same windows, with seeds drawn independently, for a pair that does not share its seeds."""
+        return self._resample("other seeds")
 
-    def _drawn(self, what: str) -> Floats:
+    def _resample(self, seeds_stream: Resampled) -> Floats:
         seeds, windows = self.nll.shape
-        return ((_draws(windows, "windows") @ self.nll.T) * _draws(seeds, what)).sum(axis=1)
+        # A resample's mean is bilinear in the weights of seeds and windows: sum over s, w of a_s b_w nll[s, w]. As a
+        # matrix product it needs (RESAMPLES, seeds) numbers in place of (RESAMPLES, seeds, windows).
+        by_seed = _weights(windows, "windows") @ self.nll.T
+        return (by_seed * _weights(seeds, seeds_stream)).sum(axis=1)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of perplexities and its 95 % interval: below 1, the first is the better one."""
+    """A ratio of perplexities with its 95 % interval; below 1 the first of the two is better."""
 
     value: float
     low: float
@@ -75,7 +87,9 @@ class Ratio:
 
 
 def perplexity_ratio(first: Losses, second: Losses) -> Ratio:
-    """The perplexity of `first` over that of `second`, with its paired bootstrap interval (repeatable: seeded).
+    """The perplexity of `first` over that of `second`, with its paired bootstrap interval; the same on every call.
+
+    Over several seeds it is the ratio of the geometric means of their perplexities (the mean is taken of losses).
 
     Raises:
         ValueError: the two do not have the same number of windows.
@@ -83,20 +97,28 @@ def perplexity_ratio(first: Losses, second: Losses) -> Ratio:
     counts = first.nll.shape[1], second.nll.shape[1]
     if counts[0] != counts[1]:
         raise ValueError(f"the losses of {counts[0]} and of {counts[1]} windows cannot be paired")
-    drawn = first.drawn - (second.drawn if first.seeds == second.seeds else second.drawn_apart)
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    # Both use the same stream of windows, so subtracting resample by resample pairs them. The seeds are paired in the
+    # same way if they are the same ones, and not otherwise: then the spreads of both series add up.
+    paired = first.seeds == second.seeds
+    difference = first.resampled_means - (second.resampled_means if paired else second.resampled_means_other_seeds)
+    low, high = np.quantile(difference, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     mean = first.nll.mean() - second.nll.mean()
     return Ratio(float(np.exp(mean)), float(np.exp(low)), float(np.exp(high)))
 
 
-@lru_cache(maxsize=16)
-def _draws(count: int, what: str) -> Floats:
-    """The weight of each of `count` things in every resample, (RESAMPLES, count); the rows sum to 1."""
+@lru_cache(maxsize=16)  # all series of a study share their few counts of windows and seeds
+def _weights(count: int, resampled: Resampled) -> Floats:
+    """The share of each of `count` things in every resample, (RESAMPLES, count); rows sum to 1."""
     if count == 1:
         return np.ones((RESAMPLES, 1))
-    generator = np.random.default_rng([count, *what.encode()])
+    # Seeded by what is resampled and not by the pair: every pair of series meets the same resamples, so that ratios are
+    # consistent with each other, and intervals are the same on every machine.
+    generator = np.random.default_rng([count, *resampled.encode()])
     weights = generator.multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
-    if what == "windows":  # there are enough
-        return weights
-    widened = np.sqrt(count / (count - 1)) * stdtrit(count - 1, (1 + LEVEL) / 2) / ndtri((1 + LEVEL) / 2)
-    return 1 / count + widened * (weights - 1 / count)
+    if resampled == "windows":
+        return weights  # dozens or more: of 64, the bundled texts', the correction below would be 3 %
+    # Three seeds are widened by sqrt(3/2) * 4.30/1.96 = 2.7. The weights are spread about their mean, 1/count, so that
+    # they still sum to 1; a weight may become negative, which does no harm to a mean.
+    small_sample = np.sqrt(count / (count - 1))
+    student = stdtrit(count - 1, (1 + LEVEL) / 2) / ndtri((1 + LEVEL) / 2)
+    return 1 / count + small_sample * student * (weights - 1 / count)

@@ -1,4 +1,4 @@
-"""All runs of a study as one tidy data frame, a row a run; and the tables that a run keeps in files of its own."""
+"""Reads the runs of a study into one data frame, one row per run, and the tables that each run keeps beside its metrics."""
 
 import json
 from collections.abc import Mapping
@@ -7,15 +7,12 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.rows import read
-
-METRICS = "metrics.json"
-REFERENCE = "fp16"  # the method that leaves the weights as they are
-CHOSEN = "calibration_inputs"  # what the layers before a layer were while its inputs were recorded
+from runners.results import metrics
+from runners.results.metrics import CALIBRATION_INPUTS, METRICS, REFERENCE
 
 
 def collect(study: Path, conditions: Mapping[str, str] | None = None) -> pd.DataFrame:
-    """Read every run of a study folder: its metrics, the device it ran on, and under `folder` where that stands.
+    """The metrics of every run of a study, with the device that it ran on and, under `folder`, its folder.
 
     Args:
         study: the folder that holds `<model>/<run>/metrics.json`.
@@ -23,13 +20,13 @@ def collect(study: Path, conditions: Mapping[str, str] | None = None) -> pd.Data
 
     Raises:
         FileNotFoundError: the folder holds no runs.
-        ValueError: a file is damaged, a condition fits no run, or the runs are of unlike kinds that no table may mix:
-            different texts of one name, different protocols, calibration inputs from different models.
+        ValueError: a file is damaged, a condition fits no run, or the runs are of kinds that no table may mix:
+            different texts under one name, different protocols, different calibration inputs.
     """
-    rows = [_run(file) for file in sorted(study.glob(f"*/*/{METRICS}"))]
+    rows = [_read_run(file) for file in sorted(study.glob(f"*/*/{METRICS}"))]
     if not rows:
-        raise FileNotFoundError(f"{study} holds no runs: there is no <model>/<run>/metrics.json in it")
-    frame = _tidy(rows)
+        raise FileNotFoundError(f"{study} holds no runs: there is no <model>/<run>/{METRICS} in it")
+    frame = _frame(rows)
     for column, value in (conditions or {}).items():
         frame = keep(frame, column, value)
     _refuse_mixtures(frame)
@@ -37,19 +34,19 @@ def collect(study: Path, conditions: Mapping[str, str] | None = None) -> pd.Data
 
 
 def collect_run(folder: Path) -> pd.DataFrame:
-    """One run as a frame of one row.
+    """A single run as a frame of one row.
 
     Raises:
-        FileNotFoundError: the folder is no run's, or the run has not ended.
+        FileNotFoundError: the folder is not that of a run, or the run has not ended.
         ValueError: a file is damaged.
     """
     if not (folder / METRICS).exists():
-        raise FileNotFoundError(f"{folder} holds no {METRICS}: it is no run's folder, or the run has not ended")
-    return _tidy([_run(folder / METRICS)])
+        raise FileNotFoundError(f"{folder} holds no {METRICS}: it is not a run's folder, or the run has not ended")
+    return _frame([_read_run(folder / METRICS)])
 
 
 def keep(frame: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
-    """The runs in which `column` has the value that is written `value`, and the unquantized ones.
+    """The runs whose `column` reads `value` on the command line, and the unquantized ones, which every table needs.
 
     Raises:
         ValueError: there is no such column, or no run has that value.
@@ -64,12 +61,27 @@ def keep(frame: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
 
 
 def environment(folder: str) -> dict[str, Any]:
-    """What `environment.json` of a run says; nothing where there is none."""
-    return _json(Path(folder) / "environment.json") if (Path(folder) / "environment.json").exists() else {}
+    """The content of a run's `environment.json`; empty where there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = Path(folder) / "environment.json"
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(file, error) from error
+    if not isinstance(content, dict):
+        raise _damaged(file, "no table of names and values")
+    return content
 
 
-def rows_of(runs: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The rows of a file that every run may have (layers.csv, windows.csv, sweeps.csv), under the runs' series and seed.
+def read_tables(runs: pd.DataFrame, name: str) -> pd.DataFrame:
+    """One table that every run may have (layers.csv, windows.csv, sweeps.csv), of all runs below each other.
+
+    Each row also has the series and the seed of its run. Empty where no run has such a file.
 
     Raises:
         ValueError: a file is damaged.
@@ -81,62 +93,54 @@ def rows_of(runs: pd.DataFrame, name: str) -> pd.DataFrame:
             try:
                 table = pd.read_csv(file)
             except ValueError as error:
-                raise ValueError(f"{file} is damaged ({error}): run it again with force=true") from error
+                raise _damaged(file, error) from error
             seed = run.get("seed")
+            # A run without a seed (full precision) is one of a single seed; `seed != seed` holds for NaN alone.
             tables.append(table.assign(series=run["series"], seed=0 if seed is None or seed != seed else int(seed)))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def _tidy(rows: list[dict[str, Any]]) -> pd.DataFrame:
+def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
-    frame["series"] = frame["series"].fillna(frame["folder"])
+    frame["series"] = frame["series"].fillna(frame["folder"])  # a run that names no series is one of its own
     return frame
 
 
-def _run(file: Path) -> dict[str, Any]:
-    metrics = {"series": None, "group_size": None, CHOSEN: None} | read(file)
-    if metrics.get("method") != REFERENCE:
-        metrics[CHOSEN] = metrics[CHOSEN] or "quantized"  # what runs did before they said so
-    return metrics | {"device": environment(str(file.parent)).get("device"), "folder": str(file.parent)}
+def _read_run(file: Path) -> dict[str, Any]:
+    run = {"series": None, "group_size": None, CALIBRATION_INPUTS: None} | metrics.read(file)
+    if run["method"] != REFERENCE:
+        # Runs older than this key always used the quantized model's activations.
+        run[CALIBRATION_INPUTS] = run[CALIBRATION_INPUTS] or "quantized"
+    return run | {"device": environment(str(file.parent)).get("device"), "folder": str(file.parent)}
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): run it again with force=true") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged (no table of names and values): run it again with force=true")
-    return content
+def _damaged(file: Path, why: object) -> ValueError:
+    return ValueError(f"{file} is damaged ({why}): run it again with force=true")
 
 
 def _written(entry: Any) -> str:
     """An entry as it is written on the command line."""
-    if entry is None or entry != entry:  # a gap is None or not a number
+    if entry is None or entry != entry:  # a gap in a frame is None or NaN
         return "null"
     return f"{entry:g}" if isinstance(entry, int | float) and not isinstance(entry, bool) else str(entry)
 
 
 def _refuse_mixtures(frame: pd.DataFrame) -> None:
-    """Numbers of one column must be of one protocol and, for each model (tokenizers differ), of one text."""
-    inputs = sorted(set(frame[CHOSEN].dropna()))
-    if len(inputs) > 1:
-        choices = " or ".join(f"{CHOSEN}={value}" for value in inputs)
-        raise ValueError(f"the runs mix {CHOSEN}: {', '.join(inputs)}. Choose by {choices}")
-    for column in frame.columns:
-        kind, _, text = column.partition("/")
-        if kind == "protocol":
-            _refuse(list(frame[column].dropna()), column, f"the runs on {text} mix protocols")
-        elif kind == "sha256":
-            for model, runs in frame.groupby("model"):
-                _refuse(
-                    list(runs[column].dropna()),
-                    column,
-                    f"the runs of {model} on {text} mix texts (another Python, or other data)",
-                )
+    """Numbers in one column must be of one protocol and one text, or they cannot be compared.
+
+    Texts are compared per model: their hash is that of token ids, and tokenizers differ.
+    """
+    _refuse(frame, CALIBRATION_INPUTS, f"the runs mix {CALIBRATION_INPUTS}")
+    for text in metrics.names(frame.columns, "protocol"):
+        _refuse(frame, metrics.protocol(text), f"the runs on {text} mix protocols")
+    for text in metrics.names(frame.columns, "sha256"):
+        for model, runs in frame.groupby("model"):
+            what = f"the runs of {model} on {text} mix texts (another Python, or other data)"
+            _refuse(runs, metrics.sha256(text), what)
 
 
-def _refuse(values: list[str], column: str, what: str) -> None:
-    different = sorted(set(values))
+def _refuse(frame: pd.DataFrame, column: str, what: str) -> None:
+    different = sorted(set(frame[column].dropna()))
     if len(different) > 1:
-        raise ValueError(f"{what}: {', '.join(different)}. Choose by {column}=...")
+        choices = " or ".join(f"{column}={value}" for value in different)
+        raise ValueError(f"{what}: {', '.join(different)}. Choose by {choices}")

@@ -1,85 +1,78 @@
 """Every table and figure of a study, written to `<study>/report/`, and one page that shows them together.
 
-The same runs give the same files: nothing in them says when they were made.
+The same runs give the same bytes: nothing in the files says when they were made.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.collect import collect, environment, rows_of
+from analysis.collect import collect, environment, read_tables
 from analysis.figures import model_figures
 from analysis.figures.layer_figures import layer_errors, sweep_errors
 from analysis.figures.model_figures import LeftOut
 from analysis.figures.style import png
-from analysis.intervals import LOWEST_NOTE, Pair, against_lowest, losses, pairs, tabulate, winners
-from analysis.published import FOLDER, published
-from analysis.series import Row, grid_words, summarize
+from analysis.intervals import LOWEST_NOTE, Pair, compare_peers, pairs_table, ratios_to_lowest, window_losses, winners
+from analysis.published import PUBLISHED, published_numbers
+from analysis.series import Row, summarize
 from analysis.tables import papers
-from analysis.tables.comparison import lines, markdown, table_of
+from analysis.tables.comparison import comparison_of, markdown, markdown_lines
 from analysis.tables.latex import latex
-from analysis.tables.page import page
-from analysis.tables.papers import Paper
+from analysis.tables.page import Report, page
+from runners.results import metrics
+from runners.results.metrics import Status, grid_words
 
-MADE = (".md", ".tex", ".csv", ".png", ".html")  # what the folder holds; older ones are removed
-
-
-@dataclass
-class Report:
-    """What a report shows."""
-
-    study: str
-    conditions: dict[str, str]
-    comparison: pd.DataFrame
-    papers: list[Paper]
-    intervals: pd.DataFrame
-    figures: dict[str, tuple[str, Figure]] = field(default_factory=dict)  # of each file: its caption, the figure
-    left_out: list[str] = field(default_factory=list)
-    missing: pd.DataFrame = field(default_factory=pd.DataFrame)  # runs that are not done, metrics that were skipped
-    provenance: pd.DataFrame = field(default_factory=pd.DataFrame)
+MADE = (".md", ".tex", ".csv", ".png", ".html")  # the kinds of files that the folder holds; older ones are removed
 
 
-def write_report(study: Path, conditions: Mapping[str, str] | None = None, numbers: Path = FOLDER) -> Path:
-    """Regenerate the report of a study; its folder.
+def write_report(study: Path, conditions: Mapping[str, str] | None = None, numbers: Path = PUBLISHED) -> Path:
+    """Make the report of a study anew and return its folder.
 
     Args:
         study: the study's folder.
-        conditions: which runs (see `analysis.collect.collect`); the page says so.
+        conditions: which runs (see `analysis.collect.collect`); the page names them.
         numbers: the folder of published numbers.
 
     Raises:
-        FileNotFoundError, ValueError: there are no runs, or they cannot stand in one table (see `collect`).
+        FileNotFoundError, ValueError: there are no runs, or no table may mix them (see `collect`).
     """
     frame = collect(study, conditions)
-    summary, all_losses = summarize(frame), losses(frame)
-    between = pairs(summary, all_losses)
-    bold, theirs = winners(between), published(numbers)
+    summary = summarize(frame)
+    pairs = compare_peers(summary, window_losses(frame))
+    bold, published = winners(pairs), published_numbers(numbers)
+    figures, left_out = _draw(frame, summary)
     report = Report(
-        study.resolve().name,
-        dict(conditions or {}),
-        table_of(summary, bold),
-        [papers.paper(summary, metric, bold, theirs) for metric in papers.metrics(summary)],
-        against_lowest(summary, between),
+        study=study.resolve().name,
+        conditions=dict(conditions or {}),
+        comparison=comparison_of(summary, bold),
+        papers=[papers.paper_table(summary, metric, bold, published) for metric in papers.table_metrics(summary)],
+        intervals=ratios_to_lowest(summary, pairs),
+        figures=figures,
+        left_out=left_out,
         missing=_missing(frame),
         provenance=_provenance(frame),
     )
-    for file, caption, draw in _drawings(frame, summary):
-        try:
-            report.figures[file] = (caption, draw())
-        except LeftOut as reason:
-            report.left_out.append(f"{caption}: {reason}")
-    _write(study / "report", _files(report, between))
+    _write(study / "report", _files(report, pairs))
     return study / "report"
 
 
+def _draw(frame: pd.DataFrame, summary: list[Row]) -> tuple[dict[str, tuple[str, Figure]], list[str]]:
+    """The figures of a study, and the reasons why the others are left out."""
+    figures, left_out = {}, []
+    for file, caption, draw in _drawings(frame, summary):
+        try:
+            figures[file] = (caption, draw())
+        except LeftOut as reason:
+            left_out.append(f"{caption}: {reason}")
+    return figures, left_out
+
+
 def _drawings(frame: pd.DataFrame, summary: list[Row]) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
-    """Every figure: its file, its caption, and how to draw it."""
-    layers, sweeps = rows_of(frame, "layers.csv"), rows_of(frame, "sweeps.csv")
-    partial = functools.partial
+    """Of every figure: its file, its caption, and the function that draws it."""
+    layers, sweeps = read_tables(frame, "layers.csv"), read_tables(frame, "sweeps.csv")
     bits_title = "Perplexity against bits per weight (mean and standard deviation over seeds)"
     models = list(dict.fromkeys(row["model"] for row in summary))
     for model in models:
@@ -94,55 +87,66 @@ def _drawings(frame: pd.DataFrame, summary: list[Row]) -> Iterator[tuple[str, st
     yield "seconds.png", "Time to quantize against model size", partial(model_figures.seconds, summary)
 
 
-def _files(report: Report, between: list[Pair]) -> dict[str, bytes]:
-    """The content of every file of the folder."""
+def _files(report: Report, pairs: list[Pair]) -> dict[str, bytes]:
+    """The content of every file of the folder, by name."""
     files = {"comparison.md": markdown(report.comparison)}
-    files["intervals.md"] = "\n\n".join([lines(report.intervals), LOWEST_NOTE])
-    files["intervals.csv"] = tabulate(between).to_csv(index=False, float_format="%.4f", lineterminator="\n")
+    files["intervals.md"] = "\n\n".join([markdown_lines(report.intervals), LOWEST_NOTE])
+    files["intervals.csv"] = _csv(pairs_table(pairs), "%.4f")
     for table in report.papers:
         name = table.metric.slug
         files[f"{name}.md"] = f"{papers.markdown(table)}\n\nThe runs of every cell: `{name}.csv`."
         files[f"{name}.tex"] = latex(table)
-        cells = pd.DataFrame(table.cells).drop(columns=["printed", "beside"])
-        files[f"{name}.csv"] = cells.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+        files[f"{name}.csv"] = _csv(pd.DataFrame(table.entries).drop(columns=["printed", "beside"]), "%.6g")
     files["index.html"] = page(report)
     content = {name: (text.rstrip("\n") + "\n").encode() for name, text in files.items()}
     return content | {name: png(figure) for name, (_, figure) in report.figures.items()}
 
 
+def _csv(table: pd.DataFrame, numbers: str) -> str:
+    return table.to_csv(index=False, float_format=numbers, lineterminator="\n")
+
+
 def _write(folder: Path, files: dict[str, bytes]) -> None:
-    """Write each file to a temporary name and rename it; then remove what an earlier report left."""
+    """Write each file to a temporary name and rename it; then remove what an earlier report left.
+
+    The page is written last, so that every file that it links to is there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in sorted(
-        files.items(), key=lambda entry: entry[0] == "index.html"
-    ):  # what it shows is there first
-        partial = folder / f"{name}.partial"
-        partial.write_bytes(content)
-        partial.replace(folder / name)
+    for name, content in sorted(files.items(), key=lambda entry: entry[0] == "index.html"):
+        temporary = folder / f"{name}.partial"
+        temporary.write_bytes(content)
+        temporary.replace(folder / name)
     for old in folder.iterdir():
         if old.suffix in MADE and old.name not in files:
             old.unlink()
 
 
 def _missing(frame: pd.DataFrame) -> pd.DataFrame:
-    """What a reader might look for and not find: every run that failed or cannot be, and metrics that were skipped."""
+    """What a reader might miss: every run that is not done, and every metric that was skipped, with the reason."""
     rows: list[Row] = []
     skipped: dict[tuple[str, str], list[str]] = {}
     for run in frame.to_dict("records"):
-        if run["status"] != "done":
-            said = [run[name] for name in ("reason", "stage", "error") if isinstance(run.get(name), str)]
-            where = {name: run.get(name) for name in ("model", "method", "bits", "seed")} | {"grid": grid_words(run)}
-            rows.append(where | {"what": run["status"], "why": ": ".join(said), "runs": 1, "folder": run["folder"]})
-        for name, why in run.items():
-            if str(name).startswith("skipped/") and isinstance(why, str):
-                skipped.setdefault((str(name), why), []).append(run["folder"])
+        if run["status"] != Status.DONE:
+            rows.append(_not_done(run))
+        for name in metrics.names(run, "skipped"):
+            why = run[metrics.skipped(name)]
+            if isinstance(why, str):  # other runs have a gap in this column
+                skipped.setdefault((name, why), []).append(run["folder"])
     for (name, why), folders in skipped.items():
-        rows.append({"what": name.replace("/", ": ", 1), "why": why, "runs": len(folders), "folder": folders[0]})
-    return pd.DataFrame(rows, columns=["model", "method", "bits", "grid", "seed", "what", "why", "runs", "folder"])
+        first = papers.run_path(folders[0])
+        rows.append({"what": f"skipped: {name}", "why": why, "runs": len(folders), "see": first})
+    return pd.DataFrame(rows, columns=["model", "method", "bits", "grid", "seed", "what", "why", "runs", "see"])
+
+
+def _not_done(run: Row) -> Row:
+    why = ": ".join(run[name] for name in ("reason", "stage", "error") if isinstance(run.get(name), str))
+    labels = {name: run.get(name) for name in ("model", "method", "bits", "seed")}
+    place = papers.run_path(run["folder"])
+    return labels | {"grid": grid_words(run), "what": run["status"], "why": why, "runs": 1, "see": place}
 
 
 def _provenance(frame: pd.DataFrame) -> pd.DataFrame:
-    """On what the runs ran: a row a combination of machine, commit and versions, and how many runs that were."""
+    """Where the numbers were made: one row per combination of machine, commit and versions, with its number of runs."""
     rows = []
     for folder in frame["folder"]:
         known = environment(folder)
@@ -156,5 +160,4 @@ def _provenance(frame: pd.DataFrame) -> pd.DataFrame:
                 **{name: versions.get(name) or "" for name in ("torch", "transformers", "numpy", "triton")},
             }
         )
-    table = pd.DataFrame(rows)
-    return table.value_counts(sort=False).rename("runs").reset_index()
+    return pd.DataFrame(rows).value_counts(sort=False).rename("runs").reset_index()

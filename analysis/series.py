@@ -1,4 +1,4 @@
-"""Series: the runs that differ only in their seed, a row each. All tables and figures are made from these rows."""
+"""Series: the runs that differ only in their seed, as one row each. All tables and figures are made from these rows."""
 
 import math
 import re
@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from analysis.collect import REFERENCE
+from runners.results.metrics import OWN_GRID, REFERENCE, Status, grid_words, protocol, status_counts, warning
 
-ORDER = [  # of the methods; others follow by name
+METHOD_ORDER = [  # in tables and legends, from the simplest to the one that stores most; others follow by name
     REFERENCE,
     "rtn",
     "awq",
@@ -24,29 +24,30 @@ ORDER = [  # of the methods; others follow by name
     "spqr_1pct",
     "spqr",
 ]
-OWN_GRID = "its own"
-SD = " sd"  # after a metric's name: the (sample) standard deviation over the seeds
-LABELS = ("parameters", "seed", "bits", "group_size")  # numbers that tell runs apart and are no measurement
-SHOWN = ("method", "calibration", "evaluation", "model", "scale_bits")  # where settings may differ within one cell
-
+LABELS = ("parameters", "seed", "bits", "group_size")  # numbers that tell runs apart and measure nothing
+TOLD_APART_BY = ("method", "calibration", "evaluation", "model", "scale_bits")  # settings that a table does not show
 
 Row = dict[Any, Any]
 
 
 def summarize(frame: pd.DataFrame) -> list[Row]:
-    """One row a series of runs that are done, in the order of a table: models by family and size, full precision first.
+    """One row per series of runs that are done, in the order of a table: models by family and size, full precision first.
 
-    A row has: series, model, family, parameters, method, label (the method's name, and whatever sets it apart from
-    another series of the same cell), bits (None for full precision), group_size, grid (in words), seeds (how many),
-    folders, damping_raised, rank (among those of its model), the first run's labels that are words, and every measured
-    number as its mean over the seeds, beside it `<name> sd`.
+    A row holds
+
+    - `series`, `model`, `family`, `parameters`, `method`, and the first run's other labels that are words;
+    - `label`: the method's name, and the settings that set it apart from another series of the same table entry;
+    - `bits` (None for full precision), `group_size`, `grid` (in words);
+    - `seeds` (how many), `folders` (of its runs), `damping_raised`, `rank` (its order among those of its model);
+    - every measured number under its key in `metrics.json`, as the mean over the seeds;
+    - `deviations`: of the same keys, the sample standard deviation over the seeds, NaN for a single one.
 
     Raises:
         ValueError: no run is done.
     """
-    done = frame.loc[frame["status"] == "done"]
+    done = frame.loc[frame["status"] == Status.DONE]
     if done.empty:
-        raise ValueError(f"no run is done: there are {counts(frame)}")
+        raise ValueError(f"no run is done: there are {status_counts(frame['status'])}")
     sizes = _sizes(done)
     rows = [_row(runs, sizes) for _, runs in done.groupby("series", sort=False)]
     _tell_apart(rows)
@@ -56,27 +57,14 @@ def summarize(frame: pd.DataFrame) -> list[Row]:
     return rows
 
 
-def counts(frame: pd.DataFrame) -> str:
-    """How many runs ended how: 3 done, 1 failed."""
-    return ", ".join(f"{count} {status}" for status, count in frame["status"].value_counts().items())
+def all_keys(summary: list[Row]) -> list[str]:
+    """The keys that some row has, in the order in which they first occur."""
+    return list(dict.fromkeys(key for row in summary for key in row))
 
 
-def protocol(rows: list[Row], text: str) -> str:
-    """The protocol of a text's perplexity; one for all rows (`collect` refuses others)."""
-    return next((row[f"protocol/{text}"] for row in rows if f"protocol/{text}" in row), "unknown")
-
-
-def grid_words(first: Row) -> str:
-    """The grid of a run in words, without its bits; nothing for full precision."""
-    if first["method"] == REFERENCE:
-        return ""
-    group = first.get("group_size")
-    group = None if group is None or math.isnan(group) else group
-    if group is None and first["method"].startswith("spqr"):
-        return OWN_GRID  # two-level groups, of 16 columns unless the method's settings say otherwise
-    words = [f"group {group:g}" if group else "per-channel", "symmetric" * bool(first.get("symmetric"))]
-    words += ["mse" * (first.get("grid_range") == "mse"), "act-order" * bool(first.get("act_order"))]
-    return " ".join(word for word in words if word)
+def protocol_of(summary: list[Row], text: str) -> str:
+    """The protocol of a text's perplexity, which is one for all rows (`collect` refuses others)."""
+    return next((row[protocol(text)] for row in summary if protocol(text) in row), "unknown")
 
 
 def _row(runs: pd.DataFrame, sizes: dict[str, float]) -> Row:
@@ -92,18 +80,20 @@ def _row(runs: pd.DataFrame, sizes: dict[str, float]) -> Row:
         "grid": grid_words(first),
         "seeds": len(runs),
         "folders": list(runs["folder"]),
+        "deviations": {},
     }
     measured = runs.select_dtypes("number").drop(columns=list(LABELS), errors="ignore").dropna(axis=1, how="all")
     for name in measured.columns:
         values = [value for value in measured[name] if not math.isnan(value)]
         row[name] = statistics.fmean(values)
-        row[f"{name}{SD}"] = statistics.stdev(values) if len(values) > 1 else math.nan
-    return row | {"damping_raised": bool(row.get("warnings/damping_raised", 0) > 0)}
+        row["deviations"][name] = statistics.stdev(values) if len(values) > 1 else math.nan
+    return row | {"damping_raised": bool(row.get(warning("damping_raised"), 0) > 0)}
 
 
 def _sizes(done: pd.DataFrame) -> dict[str, float]:
+    """The parameters of each model. Runs that failed to count them take the number from the others of their model."""
     pairs = zip(done["model"], done["parameters"], strict=True) if "parameters" in done else ()
-    return {model: size for model, size in pairs if size == size}
+    return {model: size for model, size in pairs if size == size}  # not NaN
 
 
 def _size(row: Row) -> float:
@@ -111,32 +101,33 @@ def _size(row: Row) -> float:
 
 
 def _rank(row: Row) -> tuple[Any, ...]:
-    """Where a row stands among those of its model: full precision, bits downwards, grid, method."""
+    """Sort key among the series of a model: full precision, bits downwards, grid (coarse first, own last), method."""
     method, group = row["method"], row["group_size"]
-    known = ORDER.index(method) if method in ORDER else len(ORDER)
+    known = METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
     grid = (row["grid"] == OWN_GRID, -(group or math.inf), row["grid"])
     return method != REFERENCE, -(row["bits"] or 0), *grid, known, method, row["label"]
 
 
 def _tell_apart(rows: list[Row]) -> None:
-    """Give series that would share a cell of a table the settings in which they differ: quantease sweeps=10."""
-    cells: dict[tuple[Any, ...], list[Row]] = {}
+    """Label series that would share an entry of a table by the settings in which they differ: `quantease sweeps=10`."""
+    entries: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        cells.setdefault((row["model"], row["method"], row["bits"], row["grid"]), []).append(row)
-    for cell in cells.values():
-        if len(cell) > 1:
-            settings = [_settings(Path(row["folders"][0]) / "config.yaml") for row in cell]
+        entries.setdefault((row["model"], row["method"], row["bits"], row["grid"]), []).append(row)
+    for sharing in entries.values():
+        if len(sharing) > 1:
+            settings = [_settings(Path(row["folders"][0]) / "config.yaml") for row in sharing]
             names = sorted({name for other in settings for name in other})
             unlike = [name for name in names if len({entry.get(name) for entry in settings}) > 1]
-            for row, entry in zip(cell, settings, strict=True):
+            for row, entry in zip(sharing, settings, strict=True):
                 words = [f"{name.split('.')[-1]}={entry[name]}" for name in unlike if name in entry]
+                # Where no setting tells them apart (a config.yaml is missing), the digest of the series does.
                 row["label"] = f"{row['method']} {', '.join(words) or '[' + str(row['series']) + ']'}"
 
 
 def _settings(file: Path) -> dict[str, str]:
-    """A run's settings by their dotted names: those that a cell of a table does not show."""
+    """The settings of a run by their dotted names, without those that its entry in a table shows anyway."""
     content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return {name: text for name, text in _flat("", content).items() if name.split(".")[0] in SHOWN}
+    return {name: text for name, text in _flat("", content).items() if name.split(".")[0] in TOLD_APART_BY}
 
 
 def _flat(prefix: str, content: Any) -> dict[str, str]:

@@ -17,8 +17,9 @@ ALLOWED = {  # own packages that each may import; the direction of all imports
     "quantease": {"quantease"},
     "baselines": {"baselines", "quantease"},
     "runners": {"runners", "quantease"},  # methods reach it through their YAML files
-    "analysis": {"analysis"},
+    "analysis": {"analysis", "runners"},  # of runners only what ANALYSIS_READS names
 }
+ANALYSIS_READS = {"runners.results.metrics", "runners.project"}  # light modules: neither needs torch
 MODELS = sorted(path.stem for path in (PROJECT / "conf" / "model").glob("*.yaml"))
 
 
@@ -43,6 +44,16 @@ def test_imports_point_one_way(package: str) -> None:
     for file in (PROJECT / package).rglob("*.py"):
         compares = {"baselines"} if file.parent.name == "benchmark" else set()  # it times methods by name
         assert imports(file) & set(PACKAGES) <= ALLOWED[package] | compares, file
+
+
+def test_the_analysis_reads_the_schema_of_results_and_nothing_else_of_runners() -> None:
+    for file in (PROJECT / "analysis").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                assert not [alias.name for alias in node.names if alias.name.startswith("runners")], file
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("runners"):
+                for alias in node.names:
+                    assert {node.module, f"{node.module}.{alias.name}"} & ANALYSIS_READS, (file, node.lineno)
 
 
 def test_the_mathematics_needs_torch_and_nothing_else() -> None:

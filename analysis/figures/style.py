@@ -1,7 +1,8 @@
-"""How the figures look: a method has one color and one marker in all of them, and a file has the same bytes every time.
+"""The look of the figures: one color and one marker per method in all of them, and the same bytes on every drawing.
 
-The colors are those of Okabe and Ito, which color-blind readers tell apart, and a few more; markers say the same again.
-Filled markers and whole lines are per-channel grids, hollow ones are groups.
+The colors are those of Okabe and Ito ("Color universal design", 2008), which color-blind readers tell apart, and some
+more; markers repeat the distinction for prints without color. Filled markers and solid lines are per-channel grids, hollow
+markers and dashed lines are all others.
 """
 
 import io
@@ -16,13 +17,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
-from analysis.collect import REFERENCE
-from analysis.series import ORDER, Row
+from analysis.series import METHOD_ORDER, Row
+from runners.results.metrics import PER_CHANNEL, REFERENCE
 
-DPI = 160
+DPI = 160  # sharp on a screen of double density at the width that the page shows, and in a column of print
 HOLLOW = "white"
+GRAY = "#999999"  # of lines that help to read and are no method's
 METHODS = {  # color, marker
-    "fp16": ("#000000", "."),
+    REFERENCE: ("#000000", "."),
     "rtn": ("#7f7f7f", "s"),
     "awq": ("#e69f00", "v"),
     "gptq": ("#d55e00", "^"),
@@ -34,6 +36,7 @@ METHODS = {  # color, marker
     "spqr_1pct": ("#a3a500", "<"),
     "spqr": ("#8c510a", "X"),
 }
+# For methods that are added, and for series of one method that differ in their settings; reused in turn after five.
 OTHERS = [("#1b9e77", "p"), ("#e7298a", "d"), ("#66a61e", ">"), ("#7570b3", "8"), ("#a6761d", "H")]
 RC: Any = {
     "font.size": 9,
@@ -46,51 +49,56 @@ RC: Any = {
     "legend.frameon": False,
     "lines.markersize": 5,
 }
-styled = rc_context(RC)  # a decorator of functions that draw
+styled = rc_context(RC)  # decorates the functions that draw; the user's own matplotlib settings stay as they are
 
 Look = dict[str, tuple[str, str]]
 
 
 def looks(rows: list[Row]) -> Look:
-    """The color and marker of every label (a method's name, perhaps with its settings) in the order of tables."""
+    """The color and marker of every label (a method's name, perhaps with its settings), in the order of tables."""
     free = count()
     labels = dict.fromkeys(row["label"] for row in sorted(rows, key=lambda row: row["rank"]))
-    ordered = sorted(labels, key=lambda label: ORDER.index(label) if label in ORDER else len(ORDER))
+    # Known methods first whatever the rank of their first row, so that the legends of all figures have one order.
+    ordered = sorted(
+        labels, key=lambda label: METHOD_ORDER.index(label) if label in METHOD_ORDER else len(METHOD_ORDER)
+    )
     return {label: METHODS.get(label) or OTHERS[next(free) % len(OTHERS)] for label in ordered}
 
 
 def is_hollow(grid: str) -> bool:
     """Whether the markers of a grid, in words, are hollow."""
-    return grid not in ("", "per-channel")
+    return grid not in ("", PER_CHANNEL)
 
 
 def panels(rows: int, columns: int, width: float = 3.6, height: float = 2.9) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of rows x columns axes; `width` and `height` of one, in inches."""
+    """A figure of rows x columns panels, each `width` x `height` inches, with room for a legend."""
     figure = Figure(figsize=(width * columns + 1.9, height * rows + 0.3), layout="constrained")
-    FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)  # no pyplot: it would keep every figure alive, and open a window where there is a display
     axes = figure.subplots(rows, columns, squeeze=False)
     return figure, [list(row) for row in axes]
 
 
 def legend(figure: Figure, look: Look, extra: list[Line2D]) -> None:
-    """One legend for all panels, right of them, where it covers no data."""
+    """One legend for all panels, to their right, where it covers no data."""
     handles = [
-        key(label, color=color, marker=marker, linestyle="--" if label == REFERENCE else "-")
+        legend_key(label, color=color, marker=marker, linestyle="--" if label == REFERENCE else "-")
         for label, (color, marker) in look.items()
     ]
     figure.legend(handles=[*handles, *extra], loc="outside right upper", fontsize=8)
 
 
-def key(label: str, **style: Any) -> Line2D:
-    """An entry of the legend that stands for a kind of line or marker and not for a method."""
+def legend_key(label: str, **style: Any) -> Line2D:
+    """An entry of the legend; by default a gray line, for what a line or marker means whatever its method."""
     return Line2D([], [], label=label, **({"color": "#444444", "linewidth": 1.2} | style))
 
 
 def log_axis(axes: Axes, which: str) -> None:
-    """A logarithmic axis, after its data: ticks at 1, 2 and 5 times the powers of ten, or more, written as numbers."""
+    """Make the axis `which` ("x" or "y") logarithmic, with ticks written as plain numbers. To be called after plotting."""
     axes.set(**{f"{which}scale": "log"})
     axis = axes.yaxis if which == "y" else axes.xaxis
     low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
+    # 1, 2 and 5 times the powers of ten give three ticks or more once the axis spans a factor of 8. A shorter one may
+    # hold none of them: it gets more.
     subs = (1.0, 2.0, 5.0) if high > 8 * low else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
     axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=15))
     axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
@@ -98,18 +106,20 @@ def log_axis(axes: Axes, which: str) -> None:
 
 
 def short(value: float) -> str:
-    """A number as axes show it: 1.3B, 350M, 20, 0.05."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+    """A number as axes show it: 1.3B, 350M, 20k, 0.05."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):  # from 10,000 on: 2000 and 5000 read well as they are
         if abs(value) >= size:
             return f"{value / (1e3 if unit == 'k' else size):g}{unit}"
     return f"{value:g}"
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG, without what would change from one time to the next (the version of the library)."""
+    """The figure as a PNG file with the same bytes on every call, so that a report that did not change shows no diff."""
     buffer = io.BytesIO()
     with rc_context(RC):
-        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    small = io.BytesIO()  # a palette takes a third of the bytes, and lines and text need no more
+        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})  # which would name a version
+    small = io.BytesIO()
+    # A palette takes a third of the bytes, and lines and text need no more colors. Dithering would make noise of
+    # the anti-aliased edges, which does not compress.
     Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return small.getvalue()

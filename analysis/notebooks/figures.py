@@ -14,25 +14,24 @@
 # %% [markdown]
 # # The figures of a study
 #
-# Every figure is a function of `analysis`, which gives a matplotlib figure or says why the study has none. Name your own
-# study in the next cell.
+# Every figure is a function in `analysis.figures`, which returns a matplotlib figure or says why the study has none. Put
+# the name of your own study and model into the next cell.
 
 # %%
-from pathlib import Path
-
 from IPython.display import Image, display
 
-import analysis
-from analysis.collect import collect, rows_of
+from analysis.collect import collect, read_tables
 from analysis.figures import layer_figures, model_figures
 from analysis.figures.style import png
 from analysis.series import summarize
+from runners.project import ROOT
 
-study = Path(analysis.__file__).parents[1] / "results" / "tiny"
+study = ROOT / "results" / "tiny"
 model = "tiny"
 
 # %% [markdown]
-# Perplexity against everything that is stored: what is on the gray line, nothing smaller reaches.
+# Perplexity against everything that is stored. The gray line is the Pareto front: a method on it has a lower perplexity than
+# every method with as few bits per weight.
 
 # %%
 frame = collect(study)
@@ -40,14 +39,14 @@ summary = summarize(frame)
 Image(png(model_figures.pareto(summary, model)))
 
 # %% [markdown]
-# Where in the model the error is, at 3 bits.
+# The error of every linear layer, at 3 bits.
 
 # %%
 at_3_bits = collect(study, {"bits": "3"})
-Image(png(layer_figures.layer_errors(summarize(at_3_bits), rows_of(at_3_bits, "layers.csv"), model)))
+Image(png(layer_figures.layer_errors(summarize(at_3_bits), read_tables(at_3_bits, "layers.csv"), model)))
 
 # %% [markdown]
-# Figures that need more than the study has say so.
+# Other figures need several sizes of a model; a study without them is told so.
 
 # %%
 for draw in (model_figures.against_size, model_figures.zero_shot, model_figures.seconds):

@@ -14,26 +14,25 @@
 # %% [markdown]
 # # The tables of a study
 #
-# Everything is in the package `analysis`; this shows how its pieces go together. Name your own study in the next cell.
+# How the parts of the package `analysis` work together, from run folders to a table in LaTeX. Put the name of your own study
+# into the next cell.
 
 # %%
-from pathlib import Path
-
 from IPython.display import Markdown
 
-import analysis
 from analysis import intervals
 from analysis.collect import collect
-from analysis.published import published
+from analysis.published import published_numbers
 from analysis.series import summarize
 from analysis.tables import papers
 from analysis.tables.comparison import comparison, markdown
 from analysis.tables.latex import latex
+from runners.project import ROOT
 
-study = Path(analysis.__file__).parents[1] / "results" / "tiny"
+study = ROOT / "results" / "tiny"
 
 # %% [markdown]
-# All runs as one frame, a row a run.
+# All runs as one data frame, one row per run.
 
 # %%
 frame = collect(study)
@@ -47,20 +46,20 @@ at_3_bits = collect(study, {"bits": "3"})
 Markdown(markdown(comparison(at_3_bits)))
 
 # %% [markdown]
-# How sure is that? The ratio to the lowest perplexity of the same bits and grid, with paired bootstrap intervals.
+# How sure is that? The ratio to the lowest perplexity of the same model, bits and grid, with paired bootstrap intervals.
 
 # %%
 summary = summarize(at_3_bits)
-between = intervals.pairs(summary, intervals.losses(at_3_bits))
-intervals.against_lowest(summary, between)
+pairs = intervals.compare_peers(summary, intervals.window_losses(at_3_bits))
+intervals.ratios_to_lowest(summary, pairs)
 
 # %% [markdown]
-# The table of one text as papers have it, a column a model, beside what others published where it is the same cell; and
-# in LaTeX.
+# The table of one text in the form of the papers, one column per model, with published numbers beside ours where everything
+# agrees; then the same in LaTeX.
 
 # %%
-metric = papers.metrics(summary)[0]
-table = papers.paper(summary, metric, intervals.winners(between), published())
+metric = papers.table_metrics(summary)[0]
+table = papers.paper_table(summary, metric, intervals.winners(pairs), published_numbers())
 Markdown(papers.markdown(table))
 
 # %%

@@ -1,88 +1,91 @@
-"""The table of a study: full precision first, then method by method at each number of bits."""
+"""The table of a study: full precision first, then method by method at each number of bits. All entries are text."""
 
 import math
 
 import pandas as pd
 
-from analysis.collect import REFERENCE
-from analysis.intervals import BOLD_NOTE, losses, pairs, winners
-from analysis.series import SD, Row, counts, summarize
-
-__all__ = ["comparison", "counts", "lines", "markdown", "notes", "spread"]
+from analysis.intervals import BOLD_NOTE, SeriesText, compare_peers, window_losses, winners
+from analysis.series import Row, all_keys, summarize
+from runners.results.metrics import BITS_PER_WEIGHT, HELD_OUT_ERROR, REFERENCE, RELATIVE_ERROR, names, ppl
 
 RAISED = " †"  # after the name of a method that had to raise its damping in some layer
 RAISED_NOTE = "† damping was raised in some layers because the factorization failed: see their layers.csv"
 LAYER_ERRORS = {
-    "layers/mean_relative_error": "relative layer error",
-    "layers/mean_held_out_error": "held-out layer error",  # on sequences that were not used to calibrate
+    RELATIVE_ERROR: "relative layer error",
+    HELD_OUT_ERROR: "held-out layer error",  # on sequences that were not used to calibrate
 }
 
 
 def comparison(frame: pd.DataFrame) -> pd.DataFrame:
-    """The table of a study (see `table_of`), from its runs.
+    """The table of a study (see `comparison_of`), from its runs.
 
     Raises:
         ValueError: no run is done.
     """
     summary = summarize(frame)
-    return table_of(summary, winners(pairs(summary, losses(frame))))
+    return comparison_of(summary, winners(compare_peers(summary, window_losses(frame))))
 
 
-def table_of(summary: list[Row], bold: set[tuple[str, str]]) -> pd.DataFrame:
-    """One row a series of runs that differ only in their seed: mean ± standard deviation of what is done, as text.
+def comparison_of(summary: list[Row], bold: set[SeriesText]) -> pd.DataFrame:
+    """One row per series: bits per weight, perplexities and layer errors, as mean ± standard deviation over the seeds.
 
-    Perplexities (bold as BOLD_NOTE says), relative layer error on the calibration data and, where it was measured, on
-    held-out data, and bits per weight; the number of seeds where it is not the same for all.
+    Layer errors are those on the calibration data and, where it was measured, on held-out data. The number of seeds is
+    shown where it is not the same for all.
+
+    Args:
+        summary: the series, from `analysis.series.summarize`.
+        bold: the series and texts that win, from `analysis.intervals.winners`.
     """
-    columns = dict.fromkeys(name for row in summary for name in row)
-    texts = [name for name in columns if name.startswith("ppl/") and not name.endswith(SD)]
-    errors = [name for name in LAYER_ERRORS if name in columns]
-    table = pd.DataFrame([_row(row, texts, errors, bold) for row in summary])
-    if len({row["seeds"] for row in summary if row["bits"] is not None}) < 2:  # the unquantized model has neither
+    keys = all_keys(summary)
+    errors = [key for key in LAYER_ERRORS if key in keys]
+    table = pd.DataFrame([_row(row, names(keys, "ppl"), errors, bold) for row in summary])
+    # The unquantized model does not count: it has neither calibration nor seeds.
+    if len({row["seeds"] for row in summary if row["bits"] is not None}) < 2:
         del table["seeds"]
     return table
 
 
-def _row(row: Row, texts: list[str], errors: list[str], bold: set[tuple[str, str]]) -> dict[str, str]:
+def _row(row: Row, texts: list[str], errors: list[str], bold: set[SeriesText]) -> dict[str, str]:
     quantized = row["method"] != REFERENCE
-    cells = {
+    entries = {
         "model": row["model"],
         "bits": f"{row['bits']:g}" if quantized else "",
         "grid": row["grid"],
         "method": row["label"] + RAISED * row["damping_raised"],
-        "bits per weight": f"{row['bits_per_weight']:.2f}",
+        "bits per weight": f"{row[BITS_PER_WEIGHT]:.2f}",
     }
-    for column in texts:
-        text, words = column.removeprefix("ppl/"), spread(row, column, 2)
-        cells[text] = f"**{words}**" if (row["series"], text) in bold else words
-    for column in errors:
-        cells[LAYER_ERRORS[column]] = spread(row, column, 4) if quantized else ""
-    return cells | {"seeds": f"{row['seeds']}"}
+    for text in texts:
+        words = spread(row, ppl(text), 2)
+        entries[text] = f"**{words}**" if (row["series"], text) in bold else words
+    for key in errors:
+        entries[LAYER_ERRORS[key]] = spread(row, key, 4) if quantized else ""
+    return entries | {"seeds": f"{row['seeds']}"}
 
 
 def spread(row: Row, metric: str, digits: int, scale: float = 1.0) -> str:
-    """The mean and, of more than one seed, the (sample) standard deviation; nothing where there is no value."""
-    mean, deviation = row.get(metric, math.nan) * scale, row.get(f"{metric}{SD}", math.nan) * scale
+    """The mean and, of more than one seed, ± the sample standard deviation; "" where there is no value."""
+    mean, deviation = row.get(metric, math.nan) * scale, row["deviations"].get(metric, math.nan) * scale
     if math.isnan(mean):
         return ""
     return f"{mean:.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:.{digits}f}")
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table in GitHub's Markdown, and notes on its marks."""
-    return "\n\n".join([lines(table), *notes(table)])
+    """The table in GitHub's Markdown, with the notes that explain its marks."""
+    return "\n\n".join([markdown_lines(table), *notes(table)])
 
 
-def lines(table: pd.DataFrame) -> str:
-    """The lines of a table of words in GitHub's Markdown, numbers to the right."""
+def markdown_lines(table: pd.DataFrame) -> str:
+    """A table of text in GitHub's Markdown, without notes; what is not a name is aligned right."""
     if table.empty:
         return ""
     align = ["left" if name in ("model", "method", "grid") else "right" for name in table.columns]
+    # Without numparse, which would print 3.00 as 3.
     return table.to_markdown(index=False, disable_numparse=True, colalign=align)
 
 
 def notes(table: pd.DataFrame) -> list[str]:
-    """What the marks in a table mean."""
-    marked = table["method"].str.endswith(RAISED).any()
+    """The notes that explain the marks of a table, for those marks that it has."""
+    raised = bool(table["method"].str.endswith(RAISED).any())
     bold = any(table[name].str.startswith("**").any() for name in table.columns)
-    return [BOLD_NOTE] * bold + [RAISED_NOTE] * bool(marked)
+    return [BOLD_NOTE] * bold + [RAISED_NOTE] * raised

@@ -1,7 +1,7 @@
-"""Tables as the papers have them: a row a method and number of bits, a column a model, one table a text.
+"""Tables in the form of the papers: a row per method, bits and grid, a column per model, a table per metric.
 
-Every cell is a row of a long table first (`Paper.cells`, which is what the CSV holds): its value, the runs it comes from,
-and the published number beside it. Markdown, LaTeX and HTML are layouts of these.
+Every number is first an `Entry` of a long table (which is the CSV file): its value, the runs behind it, and the published
+number beside it. Markdown, LaTeX and HTML lay these out.
 """
 
 import math
@@ -11,149 +11,160 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.intervals import BOLD_NOTE
-from analysis.published import beside
-from analysis.series import SD, Row, protocol
-from analysis.tables.comparison import RAISED, RAISED_NOTE, lines, spread
+from analysis.intervals import BOLD_NOTE, SeriesText
+from analysis.published import comparable
+from analysis.series import Row, all_keys, protocol_of
+from analysis.tables.comparison import RAISED, RAISED_NOTE, markdown_lines, spread
+from runners.results.metrics import BITS_PER_WEIGHT, agreement, names, ppl, zero_shot_parts
 
-SUPERSCRIPTS = "ᵃᵇᶜᵈᵉᶠᵍʰ"
+SUPERSCRIPTS = "ᵃᵇᶜᵈᵉᶠᵍʰ"  # one per source of published numbers
 PERCENT = ("acc", "top1", "exact_match")  # how the names of shares begin; tables show them in per cent
+NO_RESULTS = ("samples", "version", "sha256")  # of a task: how it was measured
 
-Cell = Row  # a dictionary as well
+Entry = Row  # a number of a table with all that belongs to it; its keys are the columns of the CSV file
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A measured number that a table shows: its column, a title, and how it is printed."""
+    """A measured number that a table shows."""
 
-    column: str
+    key: str  # in metrics.json
     title: str
     digits: int
     scale: float = 1.0
+    text: str | None = None  # that it is the perplexity of; None for other metrics
 
     @property
     def slug(self) -> str:
-        """Its name as a file's."""
-        return self.column.replace("ppl/", "perplexity/").replace("/", "-").replace(",", "-")
-
-    @property
-    def text(self) -> str | None:
-        """The text, if this is a perplexity."""
-        return self.column.removeprefix("ppl/") if self.column.startswith("ppl/") else None
+        """The name of the table's files."""
+        name = f"perplexity/{self.text}" if self.text else self.key
+        return name.replace("/", "-").replace(",", "-")
 
 
 @dataclass(frozen=True)
-class Paper:
-    """A table: its metric, the models that are its columns, its cells, and the sources of the published numbers."""
+class PaperTable:
+    """The table of one metric."""
 
     metric: Metric
-    models: list[str]
-    cells: list[Cell]
-    sources: list[str]
+    models: list[str]  # the columns
+    entries: list[Entry]
+    sources: list[str]  # of the published numbers, in the order of their superscripts
 
     @property
     def notes(self) -> list[str]:
-        """What stands below the table."""
-        marked = [f"{SUPERSCRIPTS[place]} published: {source}" for place, source in enumerate(self.sources)]
-        beside_note = ["In brackets: the published number and ours less the published one."] * bool(marked)
-        bold = [BOLD_NOTE] * (any(cell["bold"] for cell in self.cells))
-        return beside_note + marked + bold + [RAISED_NOTE] * any(cell["damping_raised"] for cell in self.cells)
+        """The notes below the table."""
+        marked = [f"{mark} published: {source}" for mark, source in zip(SUPERSCRIPTS, self.sources, strict=False)]
+        brackets = ["In brackets: the published number and ours less the published one."] * bool(marked)
+        bold = [BOLD_NOTE] * any(entry["bold"] for entry in self.entries)
+        return brackets + marked + bold + [RAISED_NOTE] * any(entry["damping_raised"] for entry in self.entries)
 
 
-def metrics(summary: list[Row]) -> list[Metric]:
-    """What was measured on texts and tasks: perplexities, agreement with full precision, zero-shot accuracies."""
-    found = []
-    for column in dict.fromkeys(name for row in summary for name in row if not name.endswith(SD)):
-        kind, _, rest = column.partition("/")
-        name, _, what = rest.partition("/")
-        percent = what.startswith(PERCENT)
-        if kind == "ppl":
-            found.append(Metric(column, f"Perplexity on {name} (protocol {protocol(summary, name)})", 2))
-        elif kind == "agreement":
-            titles = {
-                "kl": "KL divergence from the full-precision model, nats a token",
-                "top1": "Same top token as full precision, %",
-            }
-            digits = 2 if percent else 4
-            found.append(Metric(column, f"{titles.get(what, what)}, on {name}", digits, 100.0 if percent else 1.0))
-        elif kind == "zero_shot" and what not in ("", "samples", "version", "sha256") and not what.endswith("_stderr"):
-            unit = f"{what}, %" if percent else what
-            found.append(Metric(column, f"Zero-shot {name}: {unit}", 1 if percent else 4, 100.0 if percent else 1.0))
-    return found
+def table_metrics(summary: list[Row]) -> list[Metric]:
+    """Everything that was measured on texts and tasks: perplexities, agreement with full precision, zero-shot results."""
+    keys = all_keys(summary)
+    found = {ppl(text): _perplexity(summary, text) for text in names(keys, "ppl")}
+    for text in dict.fromkeys(name.split("/")[0] for name in names(keys, "agreement")):
+        kl, top1 = agreement(text, "kl"), agreement(text, "top1")
+        found[kl] = Metric(kl, f"KL divergence from the full-precision model, nats a token, on {text}", 4)
+        found[top1] = Metric(top1, f"Same top token as full precision, %, on {text}", 2, 100.0)
+    for key in keys:
+        if (parts := zero_shot_parts(key)) and parts[1] not in NO_RESULTS and not parts[1].endswith("_stderr"):
+            found[key] = _zero_shot(key, *parts)
+    return [found[key] for key in keys if key in found]
 
 
-def paper(summary: list[Row], metric: Metric, bold: set[tuple[str, str]], numbers: list[Row]) -> Paper:
+def _perplexity(summary: list[Row], text: str) -> Metric:
+    return Metric(ppl(text), f"Perplexity on {text} (protocol {protocol_of(summary, text)})", 2, text=text)
+
+
+def _zero_shot(key: str, task: str, metric: str) -> Metric:
+    if metric.startswith(PERCENT):
+        return Metric(key, f"Zero-shot {task}: {metric}, %", 1, 100.0)
+    return Metric(key, f"Zero-shot {task}: {metric}", 4)
+
+
+def paper_table(summary: list[Row], metric: Metric, bold: set[SeriesText], published: list[Row]) -> PaperTable:
     """The table of one metric.
 
     Args:
         summary: the series, from `analysis.series.summarize`.
-        metric: what the cells show.
-        bold: the (series, text) that win, from `analysis.intervals.winners`.
-        numbers: what others published, from `analysis.published.published`.
+        metric: the number that it shows.
+        bold: the series and texts that win, from `analysis.intervals.winners`.
+        published: the numbers of others, from `analysis.published.published_numbers`.
     """
-    rows = [row for row in summary if not math.isnan(row.get(metric.column, math.nan))]
-    order = sorted(rows, key=lambda row: row["rank"])
-    others = [beside(numbers, row, metric.text) if metric.text else [] for row in order]
-    sources = list(dict.fromkeys(f"{one['where']}, {one['url']}" for found in others for one in found))
-    cells = [_cell(row, metric, bold, found, sources) for row, found in zip(order, others, strict=True)]
+    rows = [row for row in summary if not math.isnan(row.get(metric.key, math.nan))]
+    order = sorted(rows, key=lambda row: row["rank"])  # across models, so that all share one order of the rows
+    others = [comparable(published, row, metric.text) if metric.text else [] for row in order]
+    sources = list(dict.fromkeys(_source(number) for numbers in others for number in numbers))
+    entries = [_entry(row, metric, bold, numbers, sources) for row, numbers in zip(order, others, strict=True)]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    return Paper(metric, models, cells, sources)
+    return PaperTable(metric, models, entries, sources)
 
 
-def _cell(row: Row, metric: Metric, bold: set[tuple[str, str]], found: list[Row], sources: list[str]) -> Cell:
-    value = row[metric.column] * metric.scale
-    notes = []
-    for one in found:
-        printed, mark = one["perplexity"], SUPERSCRIPTS[sources.index(f"{one['where']}, {one['url']}")]
-        notes.append(f"{printed}{mark} {_difference(value - float(printed), printed)}")
+def _entry(row: Row, metric: Metric, bold: set[SeriesText], published: list[Row], sources: list[str]) -> Entry:
+    value = row[metric.key] * metric.scale
+    printed = [number["perplexity"] for number in published]
+    differences = [_difference(value, number) for number in printed]
+    marks = [SUPERSCRIPTS[sources.index(_source(number))] for number in published]
     return {
         "model": row["model"],
         "method": row["label"],
         "bits": row["bits"],
         "grid": row["grid"],
-        "bits_per_weight": row["bits_per_weight"],
+        BITS_PER_WEIGHT: row[BITS_PER_WEIGHT],
         "value": value,
-        "sd": row.get(f"{metric.column}{SD}", math.nan) * metric.scale,
+        "sd": row["deviations"].get(metric.key, math.nan) * metric.scale,
         "seeds": row["seeds"],
         "bold": (row["series"], metric.text) in bold,
-        "printed": spread(row, metric.column, metric.digits, metric.scale),
-        "published": "; ".join(one["perplexity"] for one in found),
-        "difference": "; ".join(_difference(value - float(one["perplexity"]), one["perplexity"]) for one in found),
-        "source": "; ".join(f"{one['where']}, {one['url']}" for one in found),
-        "beside": "; ".join(notes),
+        "printed": spread(row, metric.key, metric.digits, metric.scale),
+        "published": "; ".join(printed),
+        "difference": "; ".join(differences),
+        "source": "; ".join(map(_source, published)),
+        "beside": "; ".join(f"{n}{m} {d}" for n, m, d in zip(printed, marks, differences, strict=True)),
         "damping_raised": row["damping_raised"],
-        "runs": "; ".join("/".join(folder.replace("\\", "/").split("/")[-2:]) for folder in row["folders"]),
+        "runs": "; ".join(map(run_path, row["folders"])),
     }
 
 
+def _source(number: Row) -> str:
+    return f"{number['where']}, {number['url']}"
+
+
 def _difference(value: float, printed: str) -> str:
-    return (f"{value:+.1e}" if "e" in printed else f"{value:+.2f}").replace("-", "−", 1)
+    """Ours minus the published number, with a sign, in the published number's notation (`1.3e4` has two digits)."""
+    difference = value - float(printed)
+    return (f"{difference:+.1e}" if "e" in printed else f"{difference:+.2f}").replace("-", "−", 1)
 
 
-def layout(table: Paper, write: Callable[[Cell], str]) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows of the wide table, each cell as `write` writes it; one without a run is empty."""
-    rows: dict[tuple[Any, ...], dict[str, Cell]] = {}
-    for cell in table.cells:
-        bits = "" if cell["bits"] is None or cell["bits"] != cell["bits"] else f"{cell['bits']:g}"
-        rows.setdefault((cell["method"], bits, cell["grid"]), {})[cell["model"]] = cell
+def run_path(folder: str) -> str:
+    """A run's folder below its study, `<model>/<run>`, with slashes on every system."""
+    return "/".join(folder.replace("\\", "/").split("/")[-2:])
+
+
+def layout(table: PaperTable, write: Callable[[Entry], Any]) -> tuple[list[str], list[list[Any]]]:
+    """The header and rows of the wide table, each entry as `write` returns it; "" for a model without a run."""
+    rows: dict[tuple[Any, ...], dict[str, Entry]] = {}
+    for entry in table.entries:
+        bits = "" if entry["bits"] is None or entry["bits"] != entry["bits"] else f"{entry['bits']:g}"
+        rows.setdefault((entry["method"], bits, entry["grid"]), {})[entry["model"]] = entry
     written = []
-    for (method, bits, grid), cells in rows.items():
-        raised = RAISED * any(cell["damping_raised"] for cell in cells.values())
-        weights = [f"{cell['bits_per_weight']:.2f}" for cell in cells.values()]
-        stored = "–".join(dict.fromkeys([min(weights, key=float), max(weights, key=float)]))
-        written.append(
-            [method + raised, bits, grid, stored, *(write(cells[m]) if m in cells else "" for m in table.models)]
-        )
+    for (method, bits, grid), entries in rows.items():
+        raised = RAISED * any(entry["damping_raised"] for entry in entries.values())
+        # Bits per weight depend on the shapes of a model's layers: a range over the models of the row.
+        stored = [f"{entry[BITS_PER_WEIGHT]:.2f}" for entry in entries.values()]
+        between = "–".join(dict.fromkeys([min(stored, key=float), max(stored, key=float)]))
+        numbers = [write(entries[model]) if model in entries else "" for model in table.models]
+        written.append([method + raised, bits, grid, between, *numbers])
     return ["method", "bits", "grid", "bits per weight", *table.models], written
 
 
-def markdown(table: Paper) -> str:
-    """GitHub's Markdown, with the notes below."""
-    header, rows = layout(table, _markdown_cell)
-    wide = lines(pd.DataFrame(rows, columns=pd.Index(header)))
+def markdown(table: PaperTable) -> str:
+    """The table in GitHub's Markdown, with its title and notes."""
+    header, rows = layout(table, _markdown_entry)
+    wide = markdown_lines(pd.DataFrame(rows, columns=pd.Index(header)))
     return "\n\n".join([f"**{table.metric.title}**", wide, *table.notes])
 
 
-def _markdown_cell(cell: Cell) -> str:
-    words = f"**{cell['printed']}**" if cell["bold"] else cell["printed"]
-    return f"{words} ({cell['beside']})" if cell["beside"] else words
+def _markdown_entry(entry: Entry) -> str:
+    words = f"**{entry['printed']}**" if entry["bold"] else entry["printed"]
+    return f"{words} ({entry['beside']})" if entry["beside"] else words

@@ -7,6 +7,7 @@ Imports neither torch nor pandas, so that `analysis` can.
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -30,6 +31,7 @@ class Status(StrEnum):
 
 ENDED = (Status.DONE, Status.FAILED, Status.UNSUPPORTED)
 OPEN = (Status.UNFINISHED, Status.INTERRUPTED, Status.MISSING)  # the same command again goes on with these
+_BEST_FIRST = (Status.DONE, Status.UNSUPPORTED, Status.RUNNING, *OPEN[:2], Status.FAILED, Status.MISSING)
 
 
 class Reason(StrEnum):
@@ -143,6 +145,12 @@ def group_words(group_size: float | None) -> str:
 def bits_words(bits: float) -> str:
     """`3 bits`."""
     return f"{bits:g} bits"
+
+
+def status_counts(statuses: Iterable[str]) -> str:
+    """How many there are of each status, the best first: `3 done, 1 failed, 2 missing`; "" for none at all."""
+    found = Counter(statuses)
+    return ", ".join(f"{found[status]} {status}" for status in _BEST_FIRST if found[status])
 
 
 def _present(value: Any) -> Any:

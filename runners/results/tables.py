@@ -1,7 +1,6 @@
 """What a run or a sweep says at its end: the table, what went wrong, and where to look next."""
 
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +9,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from runners.results.metrics import status_counts
+
 MARK = " †"
-STATES = ("done", "unsupported", "running", "unfinished", "interrupted", "failed", "missing")  # in order of hope
 
 
 def results_table(rows: Sequence[dict[str, Any]]) -> Group:
@@ -61,8 +61,7 @@ def cells_table(rows: Sequence[dict[str, Any]]) -> Group:
 
 def counts(rows: Sequence[dict[str, Any]]) -> str:
     """How many cells there are of every state: `3 done, 1 failed, 2 missing`."""
-    found = Counter(row["status"] for row in rows)
-    return ", ".join(f"{found[state]} {state}" for state in STATES if found[state]) or "no cells"
+    return status_counts(row["status"] for row in rows) or "no cells"
 
 
 def _number(row: dict[str, Any], key: str, form: str, unit: str = "") -> str:

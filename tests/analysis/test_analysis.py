@@ -14,6 +14,8 @@ from analysis.tables.comparison import comparison, markdown
 from runners.config.command_line import check
 from tests.conftest import PROJECT
 
+FAILED = {"status": "failed", "model": "m", "method": "gptq", "bits": 3, "stage": "quantize", "error": "ValueError: no"}
+
 
 def put(study: Path, name: str, **metrics: object) -> None:
     folder = study / str(metrics["model"]) / name
@@ -23,7 +25,13 @@ def put(study: Path, name: str, **metrics: object) -> None:
 
 def run(method: str, bits: int | None = None, ppl: float = 10.0, **more: Any) -> dict[str, Any]:
     quantized = {} if bits is None else {"bits": bits}
-    figures = {"ppl/a": ppl, "protocol/a": "gptq", "sha256/a": "1", "bits_per_weight": 3.0 if bits else 16.0}
+    figures = {
+        "ppl/a": ppl,
+        "protocol/a": "gptq",
+        "windows/a": 1,
+        "sha256/a": "1",
+        "bits_per_weight": 3.0 if bits else 16.0,
+    }
     base = {"status": "done", "model": "m", "method": method, "layers/mean_relative_error": 0.1}
     return base | quantized | figures | more
 
@@ -33,7 +41,7 @@ def test_full_precision_comes_first_and_failures_are_left_out(tmp_path: Path) ->
     put(tmp_path, "b", **run("rtn", 3, ppl=12.25))
     put(tmp_path, "c", **run("fp16"))
     put(tmp_path, "d", **run("rtn", 4))
-    put(tmp_path, "e", status="failed", model="m", method="gptq", bits=3)
+    put(tmp_path, "e", **FAILED)
     table = comparison(collect(tmp_path))
     assert list(zip(table["method"], table["bits"], strict=True)) == [
         ("fp16", ""),
@@ -120,7 +128,7 @@ def test_a_table_can_be_of_some_runs_only(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_runs_that_are_not_done_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    put(tmp_path, "a", status="failed", model="m", method="gptq", bits=3)
+    put(tmp_path, "a", **FAILED)
     with pytest.raises(SystemExit, match="no run is done: there are 1 failed"):
         main([str(tmp_path)])
     put(tmp_path, "b", **run("rtn", 3))

@@ -8,7 +8,7 @@ import pytest
 
 from analysis.bootstrap import Losses, perplexity_ratio
 from analysis.collect import collect
-from analysis.intervals import compare, losses, pairs, winners
+from analysis.intervals import compare_peers, compare_runs, window_losses, winners
 from analysis.series import summarize
 from tests.conftest import PROJECT
 from tests.studies import write_run
@@ -98,7 +98,7 @@ def cell(study: Path, method: str, loss: float, stored: float = 3.0, seeds: int 
 
 def bold(study: Path) -> set[str]:
     frame = collect(study)
-    return {series for series, _ in winners(pairs(summarize(frame), losses(frame)))}
+    return {series for series, _ in winners(compare_peers(summarize(frame), window_losses(frame)))}
 
 
 def test_bold_is_only_what_beats_every_rival_beyond_the_spread(tmp_path: Path) -> None:
@@ -122,20 +122,21 @@ def test_two_runs_are_compared_on_the_same_windows_only(tmp_path: Path) -> None:
     for method, loss in {"gptq": 0.2, "rtn": 0.3}.items():
         cell(tmp_path, method, loss)
     first, second = tmp_path / "m" / "rtn-0", tmp_path / "m" / "gptq-0"
-    assert compare(first, second)["a"].value == pytest.approx(math.exp(0.1))
+    assert compare_runs(first, second)["a"].value == pytest.approx(math.exp(0.1))
     text = (first / "metrics.json").read_text()
     for key, old, new in (("sha256", '"sha256/a": "1"', '"sha256/a": "2"'), ("protocol", '"gptq"', '"gptq-new"')):
         (first / "metrics.json").write_text(text.replace(old, new))
         with pytest.raises(ValueError, match=f"not measured on the same windows of a: {key}/a is"):
-            compare(first, second)
-    (first / "metrics.json").write_text(text.replace('"done"', '"failed"'))
+            compare_runs(first, second)
+    failed = '"failed", "stage": "evaluate", "error": "OSError: the disk is full"'
+    (first / "metrics.json").write_text(text.replace('"done"', failed))
     with pytest.raises(ValueError, match="has no perplexity: its status is failed"):
-        compare(first, second)
+        compare_runs(first, second)
 
 
 def test_the_windows_of_the_committed_study_give_its_perplexities() -> None:
     frame = collect(PROJECT / "results" / "tiny", {"method": "gptq"})
     rows = {row["series"]: row for row in summarize(frame)}
-    for (series, text), found in losses(frame).items():
+    for (series, text), found in window_losses(frame).items():
         per_seed = np.exp(found.nll.mean(axis=1))
         assert per_seed.mean() == pytest.approx(rows[series][f"ppl/{text}"], rel=1e-6)

@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis.collect import collect, rows_of
+from analysis.collect import collect, read_tables
 from analysis.figures import layer_figures, model_figures
 from analysis.figures.model_figures import LeftOut
 from analysis.figures.style import METHODS, looks, png
-from analysis.series import ORDER, Row, summarize
+from analysis.series import METHOD_ORDER, Row, summarize
 from tests.conftest import PROJECT
 from tests.studies import SIZES, write_run, write_study
 
@@ -91,7 +91,7 @@ def test_time_is_shown_for_each_device(summary: list[Row]) -> None:
 
 
 def test_layer_errors_are_shown_on_calibration_and_held_out_data(study: Path, summary: list[Row]) -> None:
-    figure = layer_figures.layer_errors(summary, rows_of(collect(study), "layers.csv"), "opt-1.3b")
+    figure = layer_figures.layer_errors(summary, read_tables(collect(study), "layers.csv"), "opt-1.3b")
     axis = figure.axes[0]
     solid, dotted = (
         [line for line in axis.get_lines() if line.get_color() == METHODS["gptq"][0] and line.get_linestyle() == style]
@@ -104,7 +104,7 @@ def test_layer_errors_are_shown_on_calibration_and_held_out_data(study: Path, su
 
 
 def test_sweep_errors_are_the_mean_after_each_sweep(study: Path, summary: list[Row]) -> None:
-    figure = layer_figures.sweep_errors(summary, rows_of(collect(study), "sweeps.csv"), "opt-1.3b")
+    figure = layer_figures.sweep_errors(summary, read_tables(collect(study), "sweeps.csv"), "opt-1.3b")
     ((x, y),) = lines(figure.axes[0], METHODS["quantease"][0])
     assert x == [0, 1, 2, 3, 4, 5]
     assert y[0] == pytest.approx(0.1 / 20 * 2)
@@ -120,8 +120,8 @@ def test_a_figure_that_would_be_empty_says_why(tmp_path: Path) -> None:
         "models of two sizes": lambda: model_figures.against_size(rows),
         "no run has zero-shot": lambda: model_figures.zero_shot(rows),
         "it needs models": lambda: model_figures.seconds(rows),
-        "has a layers.csv": lambda: layer_figures.layer_errors(rows, rows_of(frame, "layers.csv"), "m"),
-        "track_objective=true": lambda: layer_figures.sweep_errors(rows, rows_of(frame, "sweeps.csv"), "m"),
+        "has a layers.csv": lambda: layer_figures.layer_errors(rows, read_tables(frame, "layers.csv"), "m"),
+        "track_objective=true": lambda: layer_figures.sweep_errors(rows, read_tables(frame, "sweeps.csv"), "m"),
     }
     for sentence, draw in cases.items():
         with pytest.raises(LeftOut, match=sentence):
@@ -131,7 +131,7 @@ def test_a_figure_that_would_be_empty_says_why(tmp_path: Path) -> None:
 def test_every_method_has_a_color_and_a_marker_of_its_own() -> None:
     shipped = {path.stem for path in (PROJECT / "conf" / "method").glob("*.yaml")}
     assert shipped <= set(METHODS)
-    assert set(ORDER) == set(METHODS)
+    assert set(METHOD_ORDER) == set(METHODS)
     assert (
         len({color for color, _ in METHODS.values()}) == len({marker for _, marker in METHODS.values()}) == len(METHODS)
     )

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from analysis.collect import collect
-from analysis.intervals import losses, pairs, winners
-from analysis.published import published
+from analysis.intervals import compare_peers, window_losses, winners
+from analysis.published import published_numbers
 from analysis.series import Row, summarize
 from analysis.tables.latex import escape, latex
-from analysis.tables.papers import Paper, markdown, metrics, paper
+from analysis.tables.papers import PaperTable, markdown, paper_table, table_metrics
 from tests.studies import write_run, write_study
 
 
@@ -27,13 +27,13 @@ def summary(study: Path) -> list[Row]:
 
 
 @pytest.fixture(scope="module")
-def perplexity(study: Path, summary: list[Row]) -> Paper:
-    bold = winners(pairs(summary, losses(collect(study))))
-    return paper(summary, metrics(summary)[0], bold, published())
+def perplexity(study: Path, summary: list[Row]) -> PaperTable:
+    bold = winners(compare_peers(summary, window_losses(collect(study))))
+    return paper_table(summary, table_metrics(summary)[0], bold, published_numbers())
 
 
 def test_there_is_one_table_a_text_and_a_task(summary: list[Row]) -> None:
-    assert [metric.column for metric in metrics(summary)] == [
+    assert [metric.key for metric in table_metrics(summary)] == [
         "ppl/wikitext2",
         "zero_shot/piqa/acc",
         "agreement/wikitext2/kl",
@@ -41,7 +41,7 @@ def test_there_is_one_table_a_text_and_a_task(summary: list[Row]) -> None:
     ]
 
 
-def test_models_stand_by_family_and_size_and_full_precision_first(perplexity: Paper) -> None:
+def test_models_stand_by_family_and_size_and_full_precision_first(perplexity: PaperTable) -> None:
     header, _, *rows = markdown(perplexity).split("\n\n")[1].splitlines()
     assert [name.strip() for name in header.split("|")[5:-1]] == ["bloom-560m", "opt-125m", "opt-1.3b", "opt-13b"]
     lines = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
@@ -49,9 +49,9 @@ def test_models_stand_by_family_and_size_and_full_precision_first(perplexity: Pa
     assert lines[-1][:4] == ["quantease_outlier", "3", "per-channel", "3.01"]
 
 
-def test_a_cell_is_its_runs_mean_beside_the_published_number(study: Path, perplexity: Paper) -> None:
+def test_a_cell_is_its_runs_mean_beside_the_published_number(study: Path, perplexity: PaperTable) -> None:
     (cell,) = [
-        cell for cell in perplexity.cells if (cell["model"], cell["method"], cell["bits"]) == ("opt-1.3b", "gptq", 3)
+        cell for cell in perplexity.entries if (cell["model"], cell["method"], cell["bits"]) == ("opt-1.3b", "gptq", 3)
     ]
     values = [
         json.loads((study / run / "metrics.json").read_text())["ppl/wikitext2"] for run in cell["runs"].split("; ")
@@ -64,21 +64,21 @@ def test_a_cell_is_its_runs_mean_beside_the_published_number(study: Path, perple
     assert "ᵃ published: GPTQ paper, WikiText-2 perplexities, https://arxiv.org/abs/2210.17323" in markdown(perplexity)
 
 
-def test_of_two_sources_both_are_shown(perplexity: Paper) -> None:
-    (cell,) = [cell for cell in perplexity.cells if (cell["model"], cell["method"]) == ("opt-1.3b", "fp16")]
+def test_of_two_sources_both_are_shown(perplexity: PaperTable) -> None:
+    (cell,) = [cell for cell in perplexity.entries if (cell["model"], cell["method"]) == ("opt-1.3b", "fp16")]
     assert cell["published"] == "14.63; 14.62"
     assert re.fullmatch(r"14\.63ᵃ \+\d+\.\d\d; 14\.62ᵇ \+\d+\.\d\d", cell["beside"])
 
 
-def test_bold_is_the_same_in_every_format(perplexity: Paper) -> None:
-    winning = [cell for cell in perplexity.cells if cell["bold"]]
+def test_bold_is_the_same_in_every_format(perplexity: PaperTable) -> None:
+    winning = [cell for cell in perplexity.entries if cell["bold"]]
     assert {cell["method"] for cell in winning} == {"quantease_outlier"}
     for cell in winning:
         assert f"**{cell['printed']}**" in markdown(perplexity)
         assert f"\\textbf{{{escape(cell['printed'])}}}" in latex(perplexity)
 
 
-def test_latex_is_whole(perplexity: Paper) -> None:
+def test_latex_is_whole(perplexity: PaperTable) -> None:
     text = latex(perplexity)
     body = text.split("\\midrule\n")[1].split("\\bottomrule")[0].splitlines()
     assert len(body) == 9
@@ -95,7 +95,7 @@ def test_a_model_without_a_run_has_an_empty_cell_and_shares_are_per_cent(tmp_pat
     write_run(tmp_path, "a", model="a-1b", method="rtn", **base | {"agreement/t/top1": 0.875})
     write_run(tmp_path, "b", model="b-1b", method="gptq", **base | {"agreement/t/top1": 0.9})
     summary = summarize(collect(tmp_path))
-    table = paper(summary, metrics(summary)[0], set(), [])
+    table = paper_table(summary, table_metrics(summary)[0], set(), [])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown(table).splitlines()[4:6]]
     assert rows == [["rtn", "3", "per-channel", "3.00", "87.50", ""], ["gptq", "3", "per-channel", "3.00", "", "90.00"]]
 
@@ -109,4 +109,4 @@ def test_series_of_one_cell_are_told_apart_by_their_settings(tmp_path: Path) -> 
         )
     summary = summarize(collect(tmp_path))
     assert [row["label"] for row in summary] == ["quantease sweeps=10", "quantease sweeps=30"]
-    assert len(markdown(paper(summary, metrics(summary)[0], set(), [])).splitlines()) == 6
+    assert len(markdown(paper_table(summary, table_metrics(summary)[0], set(), [])).splitlines()) == 6

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis.published import COLUMNS, FOLDER, beside, published
+from analysis.published import COLUMNS, PUBLISHED, comparable, published_numbers
 
 README = {  # of linkedin/QuantEase: full precision, 4 bits, 3 bits, 3 bits with 1 % structured and unstructured outliers
     "opt-1.3b": "14.62 15.28 21.30 18.51 16.25",
@@ -45,7 +45,7 @@ ORDERS = {
 
 @pytest.mark.parametrize(("name", "listing"), [("quantease", README), ("gptq", PAPER)])
 def test_the_files_agree_with_a_second_listing(name: str, listing: dict[str, str]) -> None:
-    table = pd.read_csv(FOLDER / f"{name}.csv", dtype={"perplexity": str})
+    table = pd.read_csv(PUBLISHED / f"{name}.csv", dtype={"perplexity": str})
     assert list(table.columns) == COLUMNS
     found = {
         (row["model"], row["method"], 0 if pd.isna(row["bits"]) else row["bits"]): row["perplexity"]
@@ -61,7 +61,7 @@ def test_the_files_agree_with_a_second_listing(name: str, listing: dict[str, str
 
 
 def test_every_number_says_where_it_is_from() -> None:
-    for row in published():
+    for row in published_numbers():
         assert row["url"].startswith("https://")
         assert row["where"]
         assert (row["text"], row["protocol"]) == ("wikitext2", "gptq")
@@ -74,7 +74,7 @@ def ours(**changes: Any) -> dict[str, Any]:
 
 
 def numbers(row: dict[str, Any], text: str = "wikitext2") -> list[str]:
-    return [number["perplexity"] for number in beside(published(), row, text)]
+    return [number["perplexity"] for number in comparable(published_numbers(), row, text)]
 
 
 def test_a_number_stands_beside_the_same_cell_only() -> None:
@@ -96,7 +96,7 @@ def test_a_number_stands_beside_the_same_cell_only() -> None:
 
 
 def test_a_file_without_a_column_is_refused(tmp_path: Path) -> None:
-    assert published(tmp_path / "absent") == []
+    assert published_numbers(tmp_path / "absent") == []
     (tmp_path / "x.csv").write_text("source,model\na,b\n")
     with pytest.raises(ValueError, match="has no column where, method"):
-        published(tmp_path)
+        published_numbers(tmp_path)
