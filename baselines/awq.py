@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from quantease.grid import Grid, GridSpec, storable
-from quantease.layer import LayerProblem, QuantizedLayer, objective
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, objective
 
 
 @dataclass(frozen=True)
-class AWQ:
+class AWQ(LayerSolver):
     """The scale search and the clip search.
 
     Attributes:

@@ -7,19 +7,18 @@ Cholesky factor of the inverse Hessian as the weights of that compensation.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from quantease.cholesky import inverse_factor, raised
+from quantease.cholesky import damping_notes, inverse_factor
 from quantease.grid import GridSpec
 from quantease.kernels import run_block
-from quantease.layer import LayerProblem, QuantizedLayer
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 
 
 @dataclass(frozen=True)
-class GPTQ:
+class GPTQ(LayerSolver):
     """Algorithm 1. Act-order is the run's `act_order`, which is the same for every method.
 
     Attributes:
@@ -31,7 +30,6 @@ class GPTQ:
             first column is reached, to the weights as they have been compensated by then, as in the authors' code.
     """
 
-    rows_independent: ClassVar[bool] = True
     damping: float = 0.01
     block_size: int = 128
     static_groups: bool = False
@@ -41,6 +39,10 @@ class GPTQ:
             raise ValueError(f"damping must not be negative, not {self.damping}")
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1, not {self.block_size}")
+
+    @property
+    def rows_independent(self) -> bool:
+        return True
 
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         grid = problem.fit_grid(spec)
@@ -58,7 +60,7 @@ class GPTQ:
                 columns.scale[group], columns.zero[group] = grid.scale[:, group], grid.zero[:, group]
             run_block(values[here], weight[here], coupling[here, here], columns[here])
             weight[later].addmm_(coupling[here, later].T, weight[here], alpha=-1)
-        notes = raised(self.damping, damping)
+        notes = damping_notes(self.damping, damping)
         return QuantizedLayer(grid.encode(values.T), grid, damping=damping, damping_raised=bool(notes), notes=notes)
 
     def _blocks(self, columns: int, first: dict[int, int]) -> Iterator[tuple[int, int]]:

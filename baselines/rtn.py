@@ -1,17 +1,18 @@
 """RTN: round every weight to the nearest point of its grid. Ignores the calibration data."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from quantease.grid import GridSpec
-from quantease.layer import LayerProblem, QuantizedLayer
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 
 
 @dataclass(frozen=True)
-class RTN:
+class RTN(LayerSolver):
     """Round to nearest."""
 
-    rows_independent: ClassVar[bool] = True
+    @property
+    def rows_independent(self) -> bool:
+        return True
 
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         grid = problem.fit_grid(spec)

@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantease.cholesky import inverse_factor, raised
+from quantease.act_order import ActOrder
+from quantease.cholesky import damping_notes, inverse_factor
 from quantease.grid import Grid, GridSpec, least_error
 from quantease.kernels import Columns, run_block
 from quantease.kernels.plain import nearest_codes, nearest_values
-from quantease.layer import ActOrder, LayerProblem, Outliers, QuantizedLayer
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
+from quantease.sparse import Outliers
 
 SMALLEST = 1e-9  # a scale that is quantized to zero (in the authors' code, too)
 BISECTIONS = 16
@@ -24,7 +26,7 @@ NEAR_ENOUGH = 0.02  # of the wanted share of outliers
 
 
 @dataclass(frozen=True)
-class SpQR:
+class SpQR(LayerSolver):
     """Algorithm 1. The bits of a code are the run's, and so is the group size where the run sets one.
 
     Symmetric grids and shrunken (mse) ranges, which the paper does not have, are there to be compared on equal terms.
@@ -72,7 +74,7 @@ class SpQR:
             return self._solve(problem.weight, coupling, pivot, alive, threshold * cost, spec)
 
         answer = solve(self.threshold) if self.outlier_ratio is None else self._hit_ratio(solve, problem.weight.numel())
-        notes = answer.notes + raised(self.damping, damping)
+        notes = answer.notes + damping_notes(self.damping, damping)
         return replace(answer, damping=damping, damping_raised=damping != self.damping, notes=notes)
 
     def _hit_ratio(self, solve: Callable[[float], QuantizedLayer], weights: int) -> QuantizedLayer:

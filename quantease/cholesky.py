@@ -44,6 +44,6 @@ def _factor(hessian: Tensor, diagonal: Tensor) -> Tensor | None:
     return None if failed or not torch.isfinite(upper).all() else upper
 
 
-def raised(asked: float, used: float) -> tuple[str, ...]:
+def damping_notes(asked: float, used: float) -> tuple[str, ...]:
     """The note that says that the damping was raised, if it was."""
     return () if used == asked else (f"damping raised from {asked:g} to {used:g}",)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from quantease.grid import Grid, GridSpec
-from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, takes_rows_alone
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from quantease.refit import refit
-from quantease.sweeps import Residual, Watch, revived_hessian, sweep
+from quantease.sweeps import Convergence, Residual, hessian_with_positive_diagonal, sweep
 
 LAST_RELAXED = 25  # the authors' code leaves no sweep after this one unrounded
 
@@ -47,7 +47,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class QuantEase:
+class QuantEase(LayerSolver):
     """Algorithm 2, from W or from another method's answer.
 
     Attributes:
@@ -75,7 +75,7 @@ class QuantEase:
 
     @property
     def rows_independent(self) -> bool:
-        return self.init is None or takes_rows_alone(self.init)
+        return self.init is None or self.init.rows_independent
 
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         start = self.init.solve(problem, spec) if self.init else None
@@ -86,7 +86,7 @@ class QuantEase:
         return replace(start, codes=answer.codes, grid=answer.grid, history=answer.history)
 
     def _descend(self, problem: LayerProblem, grid: Grid, start: Tensor) -> QuantizedLayer:
-        hessian = revived_hessian(problem)
+        hessian = hessian_with_positive_diagonal(problem)
         target = problem.weight.T
         w_hat = start.T.clone(memory_format=torch.contiguous_format)
         residual = Residual(target, w_hat)
@@ -96,13 +96,13 @@ class QuantEase:
             if self.track_objective:
                 history.append(problem.relative_error(w_hat.T))
 
-        schedule, watch = Schedule(self.num_iters, self.relax_every), Watch(w_hat.device)
+        schedule, convergence = Schedule(self.num_iters, self.relax_every), Convergence(w_hat.device)
         for iteration in range(self.num_iters):
             watched = schedule.only_rounds_after(iteration)
             rounds = schedule.rounds(iteration)
-            sweep(w_hat, target, residual, hessian, grid if rounds else None, watch if watched else None)
+            sweep(w_hat, target, residual, hessian, grid if rounds else None, convergence if watched else None)
             track()
-            if watched and watch.settled():
+            if watched and convergence.reached():
                 break
         for _ in range(self.grid_refits):
             grid = refit(w_hat, target, residual, problem.hessian, grid)  # in which dead inputs count for nothing

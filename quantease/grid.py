@@ -94,7 +94,7 @@ class Grid:
         return cls(spec, scale, zero, group)
 
     @property
-    def clipped(self) -> int:
+    def clipped_scales(self) -> int:
         """How many scales are as small as their format goes: most would have been smaller."""
         return int((self.scale <= _smallest(self.spec)).sum())
 
@@ -106,7 +106,7 @@ class Grid:
     def encode(self, weight: Tensor) -> Tensor:
         """The codes of the nearest grid points to `weight` (out, in), uint8."""
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-        for rows in _slices(weight):
+        for rows in _row_slices(weight):
             scale, zero = self._of_rows(rows)
             codes[rows] = nearest_codes(weight[rows], scale, zero, self.spec.max_code)
         return codes
@@ -114,7 +114,7 @@ class Grid:
     def decode(self, codes: Tensor) -> Tensor:
         """The values (out, in) that `codes` stand for."""
         values = torch.empty(codes.shape, dtype=self.scale.dtype, device=codes.device)
-        for rows in _slices(codes):
+        for rows in _row_slices(codes):
             scale, zero = self._of_rows(rows)
             torch.mul(codes[rows] - zero, scale, out=values[rows])
         return values
@@ -129,7 +129,7 @@ class Grid:
         group = self.group.to(torch.int32)
         return Columns(self.scale.T.contiguous(), self.zero.T.contiguous(), group, self.spec.max_code)
 
-    def of_rows(self, rows: slice) -> "Grid":
+    def select_rows(self, rows: slice) -> "Grid":
         """The grid of some of the rows."""
         return replace(self, scale=self.scale[rows], zero=self.zero[rows])
 
@@ -146,7 +146,7 @@ class Grid:
         return self.spec.bits + stored * groups / columns + (16 / out_features if scattered else 0)
 
 
-def _slices(weight: Tensor) -> Iterator[slice]:
+def _row_slices(weight: Tensor) -> Iterator[slice]:
     """Rows, so many at a time that what is made from them on the way stays small."""
     step = max(1, ROWS_BYTES // (weight.shape[1] * 4))
     return (slice(start, start + step) for start in range(0, len(weight), step))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantease.grid import Grid, GridSpec
+from quantease.sparse import Outliers
 
 
 class Unsupported(Exception):
@@ -76,32 +77,6 @@ class LayerProblem:
 
 
 @dataclass(frozen=True, eq=False)
-class Outliers:
-    """Weights that are kept beside the grid, in 16 bits unless otherwise said, to which they are added.
-
-    Attributes:
-        whole_columns: they fill whole input columns, whose codes need not be stored.
-        value_bits: that a value is stored in: as many as a scale of the grid.
-    """
-
-    rows: Tensor  # (count,)
-    columns: Tensor  # (count,)
-    values: Tensor  # (count,), float32
-    whole_columns: bool = False
-    value_bits: int = 16
-
-    @property
-    def bits(self) -> float:
-        """What the values and their places take: 32 bits an outlier, or 16 bits and 16 more a column."""
-        places = len(self.columns.unique()) if self.whole_columns else len(self.values)
-        return self.value_bits * len(self.values) + 16 * places
-
-    def add_to(self, weight: Tensor) -> Tensor:
-        """`weight` (out, in) with the outliers added in place."""
-        return weight.index_put_((self.rows, self.columns), self.values.to(weight.dtype), accumulate=True)
-
-
-@dataclass(frozen=True, eq=False)
 class QuantizedLayer:
     """A solver's answer, `weight = grid.decode(codes) / column_scale + outliers`, and what it took to find it."""
 
@@ -137,11 +112,11 @@ class QuantizedLayer:
                 bits -= self.grid.spec.bits * self.outlier_ratio
         return bits + (0 if self.column_scale is None else 16 / len(self.codes))
 
-    def of_rows(self, rows: slice) -> "QuantizedLayer":
+    def select_rows(self, rows: slice) -> "QuantizedLayer":
         """The answer for some of the rows, of a method that takes each row on its own."""
         if self.outliers is not None:
             raise ValueError("outliers are chosen among all rows: this answer cannot be divided")
-        return replace(self, codes=self.codes[rows], grid=self.grid.of_rows(rows))
+        return replace(self, codes=self.codes[rows], grid=self.grid.select_rows(rows))
 
     def permuted(self, order: Tensor) -> "QuantizedLayer":
         """The same answer with its input columns in another order."""
@@ -154,11 +129,21 @@ class QuantizedLayer:
 
 
 class LayerSolver(Protocol):
-    """A quantization method: a frozen dataclass of hyper-parameters with one pure function of tensors.
+    """A quantization method: a frozen dataclass of hyper-parameters with one pure function of tensors, `solve`.
 
-    A method that takes each row on its own may say so, `rows_independent = True` (a class variable or a property): then
-    layers that share an input are solved as one.
+    What the harness has to know about a method before it calls `solve` is a property here, with a default that suits
+    every method. A method that derives from this class, `class Mine(LayerSolver)`, inherits the defaults and overrides
+    those that do not describe it.
     """
+
+    @property
+    def rows_independent(self) -> bool:
+        """Whether the answer for one row of the weight does not depend on the other rows; by default it may.
+
+        If True, layers that share an input are solved as one layer, and a layer that does not fit in memory in slices of
+        rows. If False, each layer is solved whole and on its own.
+        """
+        return False
 
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         """Quantize one layer; leaves `problem` as it is.
@@ -169,27 +154,7 @@ class LayerSolver(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class ActOrder:
-    """Any solver, on columns sorted by decreasing Hessian diagonal (act-order). Groups stay those of the layer."""
-
-    solver: LayerSolver
-
-    @property
-    def rows_independent(self) -> bool:
-        return takes_rows_alone(self.solver)
-
-    def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
-        order = problem.hessian.diagonal().argsort(descending=True, stable=True)
-        return self.solver.solve(problem.permuted(order), spec).permuted(order.argsort())
-
-
-def takes_rows_alone(solver: LayerSolver) -> bool:
-    """Whether the answer for a row does not depend on the other rows, as far as the method says."""
-    return bool(getattr(solver, "rows_independent", False))
-
-
-def stacked(parts: Sequence[QuantizedLayer]) -> QuantizedLayer:
+def join_rows(parts: Sequence[QuantizedLayer]) -> QuantizedLayer:
     """One answer from those for consecutive slices of the rows, of a method that takes each row on its own."""
     first = parts[0]
     if len(parts) == 1:

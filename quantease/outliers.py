@@ -15,8 +15,9 @@ from torch import Tensor
 
 from quantease.coordinate_descent import Schedule
 from quantease.grid import Grid, GridSpec, storable
-from quantease.layer import LayerProblem, Outliers, QuantizedLayer
-from quantease.sweeps import Residual, Watch, revived_hessian, sweep
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
+from quantease.sparse import Outliers
+from quantease.sweeps import Convergence, Residual, hessian_with_positive_diagonal, sweep
 
 SMALLEST = 1e-30  # an eigenvalue, where all inputs are always zero
 POWER_ITERATIONS = 64  # for the largest eigenvalue: from below, within 8 % at 20,000 columns whatever the spectrum
@@ -24,7 +25,7 @@ SAFETY = 1.1  # which this makes up for
 
 
 @dataclass(frozen=True)
-class OutlierQuantEase:
+class OutlierQuantEase(LayerSolver):
     """Algorithm 3.
 
     Attributes:
@@ -47,7 +48,7 @@ class OutlierQuantEase:
             raise ValueError(f"outlier_ratio must lie in 0 to 1, not {self.outlier_ratio}")
 
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
-        hessian = revived_hessian(problem)
+        hessian = hessian_with_positive_diagonal(problem)
         weight = problem.weight.T  # everything below is (in, out)
         sparse = weight * self._keep(self._first_sizes(weight, problem.hessian))
         target = weight - sparse
@@ -57,15 +58,15 @@ class OutlierQuantEase:
         step = 1 / (SAFETY * largest_eigenvalue(problem.hessian))
 
         history = []
-        schedule, watch = Schedule(self.num_iters, self.relax_every), Watch(w_hat.device)
+        schedule, convergence = Schedule(self.num_iters, self.relax_every), Convergence(w_hat.device)
         for iteration in range(self.num_iters):
             watched = not self._count(weight) and schedule.only_rounds_after(iteration)
             rounds = schedule.rounds(iteration)
-            sweep(w_hat, target, residual, hessian, grid if rounds else None, watch if watched else None)
-            if watched and watch.settled():
+            sweep(w_hat, target, residual, hessian, grid if rounds else None, convergence if watched else None)
+            if watched and convergence.reached():
                 break
             if self._count(weight):
-                sparse = residual.pull(problem.hessian).mul_(step).add_(sparse)
+                sparse = residual.hessian_product(problem.hessian).mul_(step).add_(sparse)
                 sparse *= self._keep(sparse.abs())
                 target = weight - sparse
                 residual.update(target, w_hat)

@@ -32,7 +32,7 @@ def refit(w_hat: Tensor, target: Tensor, residual: Residual, hessian: Tensor, gr
     scale, zero = grid.scale.clone(), grid.zero.clone()
     for group in range(scale.shape[1]):
         rows = (grid.group == group).nonzero().flatten()
-        pull = residual.pull(hessian[rows])  # (columns of the group, out)
+        pull = residual.hessian_product(hessian[rows])  # (columns of the group, out)
         within = hessian[rows][:, rows]
         centered = torch.round(w_hat[rows] / scale[:, group] + zero[:, group]) - zero[:, group]  # code - zero
         new_scale, new_zero = _solve(centered, pull, within, scale[:, group], zero[:, group], grid)

@@ -29,8 +29,8 @@ class Residual:
     """D = W - W_hat (in, out), in the form that its products with the Hessian are made in.
 
     On a GPU, for large layers, as the sum of two bfloat16 matrices, of which three products on the tensor cores give all
-    but the last bits of the float32 one (see `pull`). TF32 will not do: D is the small rest of large numbers, and its
-    products with an ill-conditioned Hessian are the small rest of larger ones.
+    but the last bits of the float32 one (see `hessian_product`). TF32 will not do: D is the small rest of large numbers,
+    and its products with an ill-conditioned Hessian are the small rest of larger ones.
     """
 
     def __init__(self, target: Tensor, w_hat: Tensor) -> None:
@@ -51,7 +51,7 @@ class Residual:
             for part, rest in zip(self._parts, split(difference) if self.splits else [difference], strict=True):
                 part[here] = rest
 
-    def pull(self, hessian: Tensor) -> Tensor:
+    def hessian_product(self, hessian: Tensor) -> Tensor:
         """H D for some rows of H (rows, in): float32 (rows, out).
 
         Of (H1 + H2) (D1 + D2) only H2 D2 is left out: 2^-16 of the whole.
@@ -72,7 +72,7 @@ def sweep(
     residual: Residual,
     hessian: Tensor,
     grid: Grid | None,
-    watch: "Watch | None" = None,
+    convergence: "Convergence | None" = None,
 ) -> None:
     """One pass over the columns of `w_hat`, in place; `grid` None leaves the values unrounded (a relaxed sweep).
 
@@ -82,45 +82,45 @@ def sweep(
         residual: W - W_hat; kept up to date.
         hessian: (in, in), with a positive diagonal.
         grid: the grid to round to.
-        watch: is told whether any value changes.
+        convergence: is told whether any value changes.
     """
     curvature = hessian.diagonal().contiguous()
     columns = grid.columns() if grid else None
     block = CUDA_BLOCK if w_hat.is_cuda else CPU_BLOCK
     for start in range(0, len(w_hat), block):
         here = slice(start, min(start + block, len(w_hat)))
-        work = residual.pull(hessian[here])  # (block, out), D H for these columns
+        work = residual.hessian_product(hessian[here])  # (block, out), D H for these columns
         run_block(w_hat[here], work, hessian[here, here], columns[here] if columns else None, curvature[here])
         residual.update(target, w_hat, here)
-        if watch:
-            watch.moved |= work.any()  # which now holds the steps
-    if watch:
-        watch.next_sweep()
+        if convergence:
+            convergence.changed |= work.any()  # which now holds the steps
+    if convergence:
+        convergence.end_sweep()
 
 
-class Watch:
+class Convergence:
     """Whether sweeps still change anything.
 
     On a GPU the answer is that of the sweep before the last, so that it has a sweep to do while the answer travels.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.moved = torch.zeros((), dtype=torch.bool, device=device)
+        self.changed = torch.zeros((), dtype=torch.bool, device=device)
         self._answers: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
-    def next_sweep(self) -> None:
+    def end_sweep(self) -> None:
         """End a sweep."""
-        event = torch.cuda.Event() if self.moved.is_cuda else None
+        event = torch.cuda.Event() if self.changed.is_cuda else None
         answer = torch.empty((), dtype=torch.bool, pin_memory=event is not None)
-        answer.copy_(self.moved, non_blocking=True)
+        answer.copy_(self.changed, non_blocking=True)
         if event:
             event.record()
         self._answers.append((answer, event))
-        self.moved.zero_()
+        self.changed.zero_()
 
-    def settled(self) -> bool:
+    def reached(self) -> bool:
         """Whether a sweep changed nothing; then none of the rest would."""
-        lag = 2 if self.moved.is_cuda else 1
+        lag = 2 if self.changed.is_cuda else 1
         if len(self._answers) < lag:
             return False
         answer, event = self._answers[-lag]
@@ -129,7 +129,7 @@ class Watch:
         return not answer
 
 
-def revived_hessian(problem: LayerProblem) -> Tensor:
+def hessian_with_positive_diagonal(problem: LayerProblem) -> Tensor:
     """The Hessian; a copy in which inputs that are always zero have unit curvature, if there are any.
 
     Such a column cannot change the output, so every solver then rounds it to nearest.

@@ -131,5 +131,7 @@ def _locate(target: Any, where: str, *wanted: Any) -> Any:
 
 def _is_a(cls: type, wanted: Any) -> bool:
     if getattr(wanted, "_is_protocol", False):
-        return all(callable(getattr(cls, name, None)) for name in vars(wanted) if not name.startswith("_"))
+        members = {name: member for name, member in vars(wanted).items() if not name.startswith("_")}
+        methods = [name for name, member in members.items() if callable(member)]
+        return all(hasattr(cls, name) for name in members) and all(callable(getattr(cls, name)) for name in methods)
     return isinstance(wanted, type) and issubclass(cls, wanted)

@@ -14,8 +14,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from quantease.act_order import ActOrder
 from quantease.grid import GridSpec
-from quantease.layer import ActOrder, LayerSolver
+from quantease.layer import LayerSolver
 from runners.config.build import build, plain, unknown_setting
 from runners.data.calibration import Calibration
 from runners.data.task_rows import task_version

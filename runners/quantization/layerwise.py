@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantease.grid import GridSpec
-from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported, objective, stacked, takes_rows_alone
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported, join_rows, objective
 from runners.errors import InputError
 from runners.models.activations import BlockActivations
 from runners.models.blocks import BlockSource, LinearLayer, linear_layers, replace_weights
@@ -185,7 +185,7 @@ class Quantization:
                 yield _left_alone(layers[name], index, name, self.plan.stored_bits, why, non_finite=True)
             return
         weights = {name: layers[name].weight.clone() for name in group}  # the modules' own are overwritten
-        alone = takes_rows_alone(self.plan.solver)
+        alone = self.plan.solver.rows_independent
         remedies = [self._walk.to_host] if self._walk else []
         if alone:
             remedies.append(self.memory.thinner_slices(sum(map(len, weights.values()))))
@@ -216,7 +216,7 @@ class Quantization:
         for name in names:
             layer = layers[name]
             rows = slice(first, first := first + len(layer.weight))
-            mine = answer.of_rows(rows) if len(names) > 1 else answer
+            mine = answer.select_rows(rows) if len(names) > 1 else answer
             weight = mine.weight
             if not torch.isfinite(weight).all():
                 why = f"{type(self.plan.solver).__name__} gave weights that are not finite"
@@ -234,10 +234,10 @@ class Quantization:
 
     def _answer(self, where: str, problem: LayerProblem) -> QuantizedLayer:
         solver, spec = self.plan.solver, self.plan.spec
-        slices = self.memory.row_slices if takes_rows_alone(solver) else 1
+        slices = self.memory.row_slices if solver.rows_independent else 1
         try:
             parts = [replace(problem, weight=rows) for rows in problem.weight.chunk(slices)]
-            return stacked([solver.solve(part, spec) for part in parts])
+            return join_rows([solver.solve(part, spec) for part in parts])
         except Unsupported as error:
             raise Unsupported(f"{where}: {error}") from error
         except ValueError as error:
@@ -266,7 +266,7 @@ def _record(problem: LayerProblem, answer: QuantizedLayer, block: int, name: str
         damping=answer.damping,
         damping_raised=answer.damping_raised,
         dead_columns=problem.dead_columns,
-        clipped_scales=answer.grid.clipped,
+        clipped_scales=answer.grid.clipped_scales,
         notes="; ".join(answer.notes),
         history=answer.history,
     )

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from quantease.grid import Grid, GridSpec
-from quantease.layer import Outliers, QuantizedLayer
+from quantease.layer import QuantizedLayer
+from quantease.sparse import Outliers
 
 BYTE = 8
 

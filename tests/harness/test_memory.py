@@ -94,12 +94,15 @@ def test_a_hessian_in_parts_is_the_same(dtype: torch.dtype, parts: int) -> None:
 
 
 @dataclass(frozen=True)
-class Hungry:
+class Hungry(LayerSolver):
     """A solver that cannot hold more than eight rows."""
 
     solver: LayerSolver
     rows: list[int] = field(default_factory=list)
-    rows_independent = True
+
+    @property
+    def rows_independent(self) -> bool:
+        return True
 
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         self.rows.append(len(problem.weight))
@@ -123,7 +126,7 @@ def test_layers_are_solved_in_slices_of_rows_with_the_same_answer(solver: LayerS
 
 
 def test_a_method_that_looks_at_all_rows_says_that_memory_ran_out() -> None:
-    class Whole:
+    class Whole(LayerSolver):
         def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
             raise FULL
 

@@ -16,7 +16,6 @@ from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from runners.errors import InputError
 from runners.models.blocks import InMemoryModel, decoder_blocks, linear_layers
-from runners.quantization import layerwise as quantization
 from runners.quantization.layerwise import Plan, Quantization
 from runners.results.layers import WARNINGS, LayerRecord, refuse_warnings, summary
 from tests.families import FAMILIES, random_ids, random_model
@@ -68,7 +67,7 @@ def test_the_recorded_error_is_the_error_of_the_layers_outputs(family: str) -> N
 
 
 @dataclass(frozen=True)
-class Spy:
+class Spy(LayerSolver):
     """Rounds to nearest and keeps the Hessians it was given."""
 
     hessians: list[Tensor] = field(default_factory=list)
@@ -121,7 +120,7 @@ def test_the_models_dtype_is_kept_and_the_solver_works_in_float32(dtype: torch.d
 
 
 @dataclass(frozen=True)
-class Broken:
+class Broken(LayerSolver):
     """Gives NaN for one layer in each block of OPT, the one that is twice as wide as it is high."""
 
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
@@ -235,7 +234,7 @@ def test_layers_that_share_an_input_are_solved_as_one_with_the_same_result(
 ) -> None:
     together, alone = random_model("llama"), random_model("llama")
     records = run(together, solver)
-    monkeypatch.setattr(quantization, "takes_rows_alone", lambda _: False)
+    monkeypatch.setattr(type(solver), "rows_independent", False)
     expected = run(alone, solver)
     assert [(r.block, r.layer, r.out_features) for r in records] == [
         (r.block, r.layer, r.out_features) for r in expected

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantease.grid import GridSpec
-from quantease.layer import LayerProblem, QuantizedLayer, Unsupported
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported
 from runners.config.settings import Method
 from runners.errors import InputError
 from runners.run import experiment
@@ -192,7 +192,7 @@ def test_warnings_can_be_errors_and_the_layers_so_far_are_kept(
 
 
 @dataclass(frozen=True)
-class Refuses:
+class Refuses(LayerSolver):
     """A method that cannot do anything."""
 
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 
 from analysis.collect import collect
 from analysis.tables.comparison import comparison, markdown
+from baselines import rtn
 from baselines.rtn import RTN
 from quantease.grid import GridSpec
-from quantease.layer import LayerSolver
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported
 from runners.config.build import PACKAGES, build
 from runners.data.datasets import HubDataset
 from runners.data.windows import Evaluation
@@ -224,6 +226,26 @@ def test_a_target_that_is_no_method_is_refused_and_not_imported(target: Any) -> 
     with pytest.raises(InputError):
         build(LayerSolver, {"_target_": target}, "method")
     assert not {"this", "antigravity", "runnersx"} & set(sys.modules)
+
+
+def test_a_method_that_lacks_a_member_of_the_protocol_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deriving from LayerSolver gives the defaults; a method that does not derive from it must have every member."""
+
+    @dataclass(frozen=True)
+    class OnlySolves:
+        def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
+            raise Unsupported("never asked")
+
+    @dataclass(frozen=True)
+    class Derives(LayerSolver):
+        def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
+            raise Unsupported("never asked")
+
+    monkeypatch.setattr(rtn, "OnlySolves", OnlySolves, raising=False)
+    monkeypatch.setattr(rtn, "Derives", Derives, raising=False)
+    with pytest.raises(InputError, match="is not a LayerSolver"):
+        build(LayerSolver, {"_target_": "baselines.rtn.OnlySolves"}, "method")
+    assert build(LayerSolver, {"_target_": "baselines.rtn.Derives"}, "method").rows_independent is False
 
 
 @pytest.mark.parametrize("target", ["os.system", "runners.config.settings.Tracker", "baselines.rtn.RTN"])

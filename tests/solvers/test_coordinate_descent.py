@@ -190,7 +190,7 @@ def test_products_of_two_halves_are_those_of_float32_but_for_the_last_bits(monke
         difference = random_problem(16, 64, seed + 10).weight.T
         exact = problem.hessian.double() @ difference.double()
         bound = 2**-15 * problem.hessian.abs().double() @ difference.abs().double()
-        error = sweeps.Residual(difference, torch.zeros_like(difference)).pull(problem.hessian) - exact
+        error = sweeps.Residual(difference, torch.zeros_like(difference)).hessian_product(problem.hessian) - exact
         assert (error.abs() <= bound).all()
         tf32 = (problem.hessian.double() * (1 + 2**-12)) @ difference.double()  # one part in 4,096, for comparison
         assert error.abs().mean() < 0.1 * (tf32 - exact).abs().mean()
@@ -229,7 +229,7 @@ def test_a_refitted_scale_and_zero_point_are_the_least_squares_solution() -> Non
         assert -(refitted.scale * refitted.zero)[row].item() == pytest.approx(best[1].item(), rel=2e-3, abs=1e-3)
     torch.testing.assert_close(w_hat.T, refitted.decode(codes), rtol=1e-4, atol=1e-5)
     expected = problem.hessian @ (problem.weight.T - w_hat)
-    torch.testing.assert_close(residual.pull(problem.hessian), expected, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(residual.hessian_product(problem.hessian), expected, rtol=1e-4, atol=1e-2)
 
 
 def test_fractional_zero_points_are_counted_with_16_bits() -> None:
@@ -264,12 +264,12 @@ def test_sweeps_never_wait_for_the_gpu(splits: bool, monkeypatch: pytest.MonkeyP
     hessian, weight = problem.hessian.cuda(), problem.weight.cuda()
     grid = replace(problem, weight=weight, hessian=hessian).fit_grid(GridSpec(3))
     w_hat = weight.T.contiguous()
-    residual, watch = sweeps.Residual(weight.T, w_hat), sweeps.Watch(w_hat.device)
-    sweeps.sweep(w_hat, weight.T, residual, hessian, grid, watch)  # compiles
+    residual, convergence = sweeps.Residual(weight.T, w_hat), sweeps.Convergence(w_hat.device)
+    sweeps.sweep(w_hat, weight.T, residual, hessian, grid, convergence)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         for rounds in (True, False, True):
-            sweeps.sweep(w_hat, weight.T, residual, hessian, grid if rounds else None, watch)
+            sweeps.sweep(w_hat, weight.T, residual, hessian, grid if rounds else None, convergence)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     expected = QuantEase(num_iters=4, relax_every=None).solve(problem, GridSpec(3))

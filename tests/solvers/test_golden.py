@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from baselines.gptq import GPTQ
+from quantease.act_order import ActOrder
 from quantease.grid import Grid, GridSpec
-from quantease.layer import ActOrder, LayerProblem, QuantizedLayer
+from quantease.layer import LayerProblem, QuantizedLayer
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "gptq.safetensors")
 DAMPING = 0.01

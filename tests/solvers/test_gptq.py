@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from baselines.gptq import GPTQ
+from quantease.act_order import ActOrder
 from quantease.grid import GridSpec
-from quantease.layer import ActOrder, LayerProblem, Unsupported
+from quantease.layer import LayerProblem, Unsupported
 from tests import reference
 from tests.problems import best_codes, random_problem
 

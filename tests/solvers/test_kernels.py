@@ -10,10 +10,11 @@ from torch import Tensor
 from baselines.gptq import GPTQ
 from baselines.spqr import SpQR
 from quantease import kernels
+from quantease.act_order import ActOrder
 from quantease.coordinate_descent import QuantEase
 from quantease.grid import Grid, GridSpec
 from quantease.kernels import Columns, cpu, plain
-from quantease.layer import ActOrder, LayerSolver
+from quantease.layer import LayerSolver
 from tests.problems import random_problem
 
 Pass = Callable[..., None]

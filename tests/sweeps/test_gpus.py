@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from quantease.grid import GridSpec
-from quantease.layer import LayerProblem, QuantizedLayer, Unsupported
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported
 from runners.config.settings import Method
 from runners.sweeps.gpus import VISIBLE, lease
 from runners.sweeps.isolation import run_isolated
@@ -114,7 +114,7 @@ def test_a_machine_without_a_gpu_has_nothing_to_hand_out(monkeypatch: pytest.Mon
 
 
 @dataclasses.dataclass(frozen=True)
-class Tells:
+class Tells(LayerSolver):
     """A method that tells which GPU its process may use."""
 
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from quantease.grid import GridSpec
-from quantease.layer import LayerProblem, QuantizedLayer
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from runners import cli
 from runners.config.settings import Method, Settings
 from runners.errors import InputError
@@ -30,7 +30,7 @@ DONE = {"status": "done", "method": "fp16", "model": "toy", "layers/mean_relativ
 
 
 @dataclasses.dataclass(frozen=True)
-class Ends:
+class Ends(LayerSolver):
     """A method that rounds, until it reaches the first layer of 64 inputs: fc2 of block 0."""
 
     how: str

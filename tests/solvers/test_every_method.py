@@ -9,9 +9,10 @@ import torch
 from baselines.gptq import GPTQ
 from baselines.rtn import RTN
 from baselines.spqr import SpQR
+from quantease.act_order import ActOrder
 from quantease.coordinate_descent import QuantEase
 from quantease.grid import GridSpec
-from quantease.layer import ActOrder, LayerProblem, LayerSolver, QuantizedLayer, Unsupported, takes_rows_alone
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported
 from runners.config.command_line import check
 from tests.problems import random_problem, with_dead_columns
 
@@ -183,7 +184,7 @@ def test_a_weight_of_zeros_stays_zero(solver: LayerSolver) -> None:
 
 def test_rows_are_independent(shared: LayerSolver, spec: GridSpec) -> None:
     """Methods that say so are given layers that share an input as one."""
-    if not takes_rows_alone(shared):
+    if not shared.rows_independent:
         pytest.skip("does not say that it takes each row on its own")
     problem = random_problem(seed=5)
     some = replace(problem, weight=problem.weight[10:20])
