@@ -5,7 +5,6 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, cast
 
 from hydra._internal.utils import get_args_parser
@@ -51,11 +50,11 @@ def start(main: Callable[[], Any]) -> None:
 
 
 def _run(cells: list[Settings], multirun: bool, main: Callable[[], Any]) -> None:
-    if any(settings.dry_run for settings in cells):
+    if any(settings.execution.dry_run for settings in cells):
         console.print(cells_table(describe(cells)))
     elif multirun:
         register(cells)
-        skipped = {cell.folder for cell in cells if not (cell.force or cell.retry_failed)}
+        skipped = {cell.folder for cell in cells if not (cell.execution.force or cell.execution.retry_failed)}
         left_alone = sum(state(folder)["status"] == "failed" for folder in skipped)
         try:
             main()
@@ -71,7 +70,9 @@ def job(cfg: DictConfig) -> float:
     single = HydraConfig.get().mode == RunMode.RUN
     try:
         settings = Settings.from_config(cfg)
-        if settings.dry_run:  # where Hydra was called without a look at the command line, as with --config-dir
+        if (
+            settings.execution.dry_run
+        ):  # where Hydra was called without a look at the command line, as with --config-dir
             console.print(cells_table(describe([settings])))
             return math.nan
         rows = _rows(settings, single)
@@ -92,9 +93,9 @@ def job(cfg: DictConfig) -> float:
 
 def _rows(settings: Settings, single: bool) -> list[dict[str, Any]]:
     with interruptible():
-        if single and settings.timeout_minutes is None:
-            return run_experiment(replace(settings, retry_failed=True))
-        return run_isolated(replace(settings, retry_failed=single or settings.retry_failed), _logs())
+        if single and settings.execution.timeout_minutes is None:
+            return run_experiment(settings.replace(retry_failed=True))
+        return run_isolated(settings.replace(retry_failed=single or settings.execution.retry_failed), _logs())
 
 
 def _failed(text: str, single: bool) -> float:
@@ -112,7 +113,7 @@ def _logs() -> dict[str, Any]:
 def _summarize(cells: list[Settings], left_alone: int) -> None:
     """The table of a sweep, one row a run; exits non-zero if any of them has failed or is missing."""
     asked = {settings.folder for settings in cells}
-    needed = [settings.reference() for settings in cells if settings.quantizes]
+    needed = [settings.reference() for settings in cells if settings.run.quantizes]
     rows = describe(cells)
     console.print(results_table(rows))
     others = describe([reference for reference in needed if reference.folder not in asked])

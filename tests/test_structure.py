@@ -77,10 +77,10 @@ def test_the_analysis_imports_no_torch() -> None:
 @pytest.mark.parametrize("path", sorted((PROJECT / "conf" / "method").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_methods_file_lists_every_setting(path: Path) -> None:
     (settings,) = check([f"method={path.stem}"], multirun=False)
-    assert settings.method.name == path.stem
+    assert settings.run.method.name == path.stem
     text = path.read_text()
-    if settings.method.solver is not None and "defaults:" not in text:
-        names = {field.name for field in dataclasses.fields(settings.method.solver)}  # pyright: ignore[reportArgumentType]
+    if settings.run.method.solver is not None and "defaults:" not in text:
+        names = {field.name for field in dataclasses.fields(settings.run.method.solver)}  # pyright: ignore[reportArgumentType]
         assert names == set(re.findall(r"^(\w+):", text, re.MULTILINE)) - {"name", "_target_"}
 
 
@@ -88,8 +88,8 @@ def test_a_methods_file_lists_every_setting(path: Path) -> None:
 def test_every_model_composes(name: str) -> None:
     extra = ["model.path=facebook/opt-125m"] if name == "local" else []
     (settings,) = check([f"model={name}", *extra], multirun=False)
-    assert settings.model.name == ("opt-125m" if name == "local" else name)
-    assert name in ("local", "tiny") or settings.model.dtype is None  # whatever the checkpoint has
+    assert settings.run.model.name == ("opt-125m" if name == "local" else name)
+    assert name in ("local", "tiny") or settings.run.model.dtype is None  # whatever the checkpoint has
 
 
 def test_the_models_of_the_papers_are_all_there() -> None:

@@ -51,16 +51,6 @@ def build(annotation: Any, value: Any, where: str) -> Any:
     return _leaf(annotation, value, where)
 
 
-def plain(value: Any) -> Any:
-    """Dataclasses as mappings (with the name of their class), all the way down, for JSON and YAML."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"class": type(value).__name__} | fields
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    return list(value) if isinstance(value, tuple) else value
-
-
 def unknown_setting(where: str, key: str, known: list[str]) -> InputError:
     """The error for a key that does not exist, with the one that was probably meant."""
     close = difflib.get_close_matches(key, known, n=1)

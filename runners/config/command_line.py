@@ -51,7 +51,7 @@ def check(overrides: Sequence[str], multirun: bool) -> list[Settings]:
             tuple[str, ...], DictConfig
         ] = {}  # by the choices; composing takes long, setting values does not
         settings = [_check_cell(cell, groups, composed) for cell in cells]
-    for folder in {cell.study_folder for cell in settings if not cell.dry_run}:
+    for folder in {cell.study_folder for cell in settings if not cell.execution.dry_run}:
         check_writable(folder)
     return settings
 

@@ -6,7 +6,7 @@ https://github.com/IST-DASLab/gptq). The name of the protocol is kept with the n
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from runners.data.calibration import encode, ids_hash
 from runners.data.datasets import Dataset
 from runners.errors import InputError, MissingData
+from runners.identity import counts_if
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ class Evaluation:
     """
 
     texts: dict[str, Text]
-    tasks: tuple[str, ...] = ()
-    limit: int | None = None
-    skip_missing: bool = False
+    # Added after results had been published: without tasks, an evaluation has the identity that it had before.
+    tasks: tuple[str, ...] = field(default=(), metadata=counts_if(lambda evaluation: evaluation.tasks))
+    limit: int | None = field(default=None, metadata=counts_if(lambda evaluation: evaluation.tasks))
+    skip_missing: bool = field(default=False, metadata=counts_if(lambda evaluation: evaluation.skip_missing))
     agreement: bool = True
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ def run_experiment(settings: Settings) -> list[dict[str, Any]]:
         Their rows, reference first: the metrics, and under `folder` and `tracker` where to find them.
     """
     row = run_cell(settings)
-    if not settings.quantizes or row["status"] in ("failed", "running"):
+    if not settings.run.quantizes or row["status"] in ("failed", "running"):
         return [row]
     return [run_cell(settings.reference(), is_asked_for=False), row]
 
@@ -45,7 +45,7 @@ def run_cell(settings: Settings, is_asked_for: bool = True) -> dict[str, Any]:
         InputError: the run's folder cannot be read or written, so there is nowhere to put a row.
     """
     folder = RunFolder(settings.folder)
-    if (ended := folder.settled(settings.force, settings.retry_failed)) is not None:
+    if (ended := folder.settled(settings.execution.force, settings.execution.retry_failed)) is not None:
         return _on_disk(settings, ended, is_asked_for)
     check_writable(folder.path)
     if not is_asked_for and folder.is_running():
@@ -54,7 +54,9 @@ def run_cell(settings: Settings, is_asked_for: bool = True) -> dict[str, Any]:
         if not mine:
             error = f"{owner(read_progress(folder.path))}, works on it"
             return _labels(settings) | {"status": "running", "error": error, "folder": str(folder.path)}
-        if (ended := folder.settled(settings.force, settings.retry_failed)) is not None:  # by who held it until now
+        if (
+            ended := folder.settled(settings.execution.force, settings.execution.retry_failed)
+        ) is not None:  # by who held it until now
             return _on_disk(settings, ended, is_asked_for)
         folder.clear()
         return _run(settings, folder)
@@ -81,7 +83,7 @@ def _run(settings: Settings, folder: RunFolder) -> dict[str, Any]:
         metrics = _labels(settings) | metrics
         tracker.finish(metrics, state.records)
     folder.write_json(METRICS, metrics)
-    if metrics["status"] == "done" and not settings.keep_checkpoint:
+    if metrics["status"] == "done" and not settings.execution.keep_checkpoint:
         delete_finished_blocks(folder.path)  # not before the row is there: who is killed in between has lost nothing
     remove_progress(folder.path)
     if interrupt is not None:
@@ -96,14 +98,14 @@ def _measure(settings: Settings, folder: RunFolder, state: Progress, tracker: Tr
     folder.write_json("environment.json", run_environment(inputs))
     log.info("%s", _headline(settings, inputs))
     state.stage = "load"
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(settings.run.seed)
     work = Work.begin(settings, inputs, folder.path)
     state.stage = "quantize"
 
     def report(record: LayerRecord) -> None:
         state.records.append(record)
         tracker.layer(record)
-        if settings.warnings == "error":
+        if settings.run.warnings == "error":
             refuse_warnings(record)
 
     metrics: dict[str, Any] = {"status": "done", "parameters": inputs.checkpoint.parameters}
@@ -121,26 +123,26 @@ def _measure(settings: Settings, folder: RunFolder, state: Progress, tracker: Tr
 
 def _headline(settings: Settings, inputs: Inputs) -> str:
     what = "measuring the unquantized model"
-    if settings.quantizes:
-        columns = "per-channel" if settings.group_size is None else f"in groups of {settings.group_size}"
-        what = f"quantizing to {settings.bits} bits, {columns}, with {settings.method.name}"
+    if settings.run.quantizes:
+        columns = "per-channel" if settings.run.group_size is None else f"in groups of {settings.run.group_size}"
+        what = f"quantizing to {settings.run.bits} bits, {columns}, with {settings.run.method.name}"
     size = f"{inputs.checkpoint.parameters / 1e6:,.1f} M parameters"
-    return f"{settings.model.name} ({type(inputs.checkpoint.skeleton).__name__}, {size}) on {inputs.device}: {what}"
+    return f"{settings.run.model.name} ({type(inputs.checkpoint.skeleton).__name__}, {size}) on {inputs.device}: {what}"
 
 
 def _labels(settings: Settings) -> dict[str, Any]:
     """What a table needs to know about a run, beside its numbers."""
     labels: dict[str, Any] = {
-        "method": settings.method.name,
-        "model": settings.model.name,
-        "study": settings.study,
+        "method": settings.run.method.name,
+        "model": settings.run.model.name,
+        "study": settings.execution.study,
         "digest": settings.digest,
         "series": settings.series,
     }
-    if settings.quantizes:
+    if settings.run.quantizes:
         names = ("bits", "group_size", "symmetric", "grid_range", "act_order", "seed")
-        labels |= {name: getattr(settings, name) for name in names}
-        labels |= {"calibration": settings.calibration.name, "calibration_inputs": settings.calibration.inputs}
+        labels |= {name: getattr(settings.run, name) for name in names}
+        labels |= {"calibration": settings.run.calibration.name, "calibration_inputs": settings.run.calibration.inputs}
     return labels
 
 

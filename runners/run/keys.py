@@ -22,7 +22,7 @@ def model_key(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     """What the activations of the unquantized model depend on, beside the tokens."""
     return {
         "model": checkpoint_fingerprint(inputs.checkpoint.folder),
-        "dtype": settings.model.dtype,
+        "dtype": settings.run.model.dtype,
         "batch_size": inputs.batch_size,
         "code": code_fingerprint(*OF_ACTIVATIONS),
         "versions": versions(),

@@ -40,25 +40,27 @@ def preflight(settings: Settings) -> Inputs:
         InputError: the first thing that is wrong.
     """
     try:
-        device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(settings.execution.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # kernels are launched on the current one
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device={settings.device} cannot be used: {str(error).splitlines()[0]}") from error
-    checkpoint = open_checkpoint(settings.model)
-    if settings.quantizes:
-        check_divisibility(checkpoint, settings.grid)
+        raise InputError(f"device={settings.execution.device} cannot be used: {str(error).splitlines()[0]}") from error
+    checkpoint = open_checkpoint(settings.run.model)
+    if settings.run.quantizes:
+        check_divisibility(checkpoint, settings.run.grid)
     tokenizer = load_tokenizer(checkpoint)
     length = checkpoint.sequence_length
-    windows, skipped = cut_texts(settings.evaluation, tokenizer, length, settings.data_root)
-    tasks, missing = prepare_tasks(settings.evaluation.tasks, settings.data_root)
+    windows, skipped = cut_texts(settings.run.evaluation, tokenizer, length, settings.execution.data_root)
+    tasks, missing = prepare_tasks(settings.run.evaluation.tasks, settings.execution.data_root)
     sequences = None
-    if settings.quantizes:
-        sequences = draw_sequences(settings.calibration, tokenizer, length, settings.seed, settings.data_root)
+    if settings.run.quantizes:
+        sequences = draw_sequences(
+            settings.run.calibration, tokenizer, length, settings.run.seed, settings.execution.data_root
+        )
     tokens = [text.ids for text in windows.values()] + ([] if sequences is None else sequences.all)
     _check_vocabulary(max((int(ids.max()) for ids in tokens), default=0), checkpoint)
-    batch_size = settings.batch_size or _batch_size(checkpoint, device)
+    batch_size = settings.execution.batch_size or _batch_size(checkpoint, device)
     return Inputs(checkpoint, tokenizer, device, sequences, windows, tasks, skipped | missing, batch_size)
 
 

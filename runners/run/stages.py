@@ -47,11 +47,12 @@ class Work:
     @classmethod
     def begin(cls, settings: Settings, inputs: Inputs, folder: Path) -> "Work":
         """Open the model; with `force`, forget the blocks that an earlier run has finished."""
-        source = open_model(inputs.checkpoint, settings.model, inputs.device)
-        if settings.force:
+        source = open_model(inputs.checkpoint, settings.run.model, inputs.device)
+        if settings.execution.force:
             delete_finished_blocks(folder)
-        blocks = FinishedBlocks(folder, resume_identity(settings, inputs)) if settings.quantizes else None
-        cache = Cache(None if settings.cache is None else Path(settings.cache), settings.cache_gb)
+        blocks = FinishedBlocks(folder, resume_identity(settings, inputs)) if settings.run.quantizes else None
+        execution = settings.execution
+        cache = Cache(None if execution.cache is None else Path(execution.cache), execution.cache_gb)
         return cls(settings, inputs, source, blocks, cache)
 
     def quantize(self, report: Callable[[LayerRecord], None]) -> Metrics:
@@ -92,10 +93,10 @@ class Work:
         }
 
     def _plan(self) -> Plan:
-        calibration = self.settings.calibration
+        calibration = self.settings.run.calibration
         return Plan(
-            self.settings.solver,
-            self.settings.grid,
+            self.settings.run.solver,
+            self.settings.run.grid,
             true_sequential=calibration.true_sequential,
             full_precision=calibration.inputs == "full_precision",
             stored_bits=self.inputs.checkpoint.stored_bits,
@@ -107,7 +108,7 @@ class Work:
         if not texts:
             return {}, {}
         shared = None
-        if self.settings.evaluation.agreement:
+        if self.settings.run.evaluation.agreement:
             shared = SharedActivations(self.cache, model_key(self.settings, self.inputs))
         options: dict[str, Any] = {"blocks": self.blocks, "shared": shared, "memory": self.memory}
         with Meter(self.inputs.device) as meter, progress("evaluating", len(self.source.blocks) + len(texts)) as step:
@@ -132,9 +133,9 @@ class Work:
         checkpoint, tasks = self.inputs.checkpoint, self.inputs.tasks
         with Meter(self.inputs.device) as meter:
             try:
-                model = whole_model(checkpoint, self.settings.model, self.inputs.device, self.blocks)
+                model = whole_model(checkpoint, self.settings.run.model, self.inputs.device, self.blocks)
                 options: dict[str, Any] = {"length": checkpoint.sequence_length, "batch_size": self.inputs.batch_size}
-                limit = self.settings.evaluation.limit
+                limit = self.settings.run.evaluation.limit
                 metrics = measure_tasks(model, self.inputs.tokenizer, tasks, limit=limit, **options)
             except Exception as error:
                 if not out_of_memory(error):

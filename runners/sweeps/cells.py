@@ -49,7 +49,7 @@ def register(cells: Sequence[Settings]) -> None:
     """Write down what a sweep is to run, references included, beside what other sweeps of its study have written."""
     for study in {cell.study_folder for cell in cells}:
         mine = [cell for cell in cells if cell.study_folder == study]
-        references = {cell.reference().folder: cell.reference() for cell in mine if cell.quantizes}
+        references = {cell.reference().folder: cell.reference() for cell in mine if cell.run.quantizes}
         unique = list((references | {cell.folder: cell for cell in mine}).values())
         rows = zip(unique, differences(unique), strict=True)
         labels = {cell.folder.relative_to(study).as_posix(): _label(cell, difference) for cell, difference in rows}
@@ -72,8 +72,8 @@ def registered(study: Path) -> dict[str, dict[str, Any]]:
 
 
 def _label(cell: Settings, difference: str) -> dict[str, Any]:
-    bits = {"bits": cell.bits} if cell.quantizes else {}
-    return {"method": cell.method.name, "model": cell.model.name, **bits, "setting": difference}
+    bits = {"bits": cell.run.bits} if cell.run.quantizes else {}
+    return {"method": cell.run.method.name, "model": cell.run.model.name, **bits, "setting": difference}
 
 
 def differences(cells: Sequence[Settings]) -> list[str]:
@@ -81,7 +81,9 @@ def differences(cells: Sequence[Settings]) -> list[str]:
     flat = [_flatten(settings.identity()) for settings in cells]
     answer = []
     for settings, mine in zip(cells, flat, strict=True):
-        peers = [other for cell, other in zip(cells, flat, strict=True) if cell.method.name == settings.method.name]
+        peers = [
+            other for cell, other in zip(cells, flat, strict=True) if cell.run.method.name == settings.run.method.name
+        ]
         keys = [key for key in mine if any(other.get(key) != mine[key] for other in peers)]
         shown = [key for key in keys if not key.startswith(("model.", "data.", "evaluation.")) and key != "grid.bits"]
         answer.append(", ".join(f"{key.rpartition('.')[2]}={mine[key]}" for key in shown))

@@ -53,7 +53,7 @@ def run_isolated(settings: Settings, logs: dict[str, Any] | None = None) -> list
     """
     if _nothing_to_do(settings):
         return run_experiment(settings)
-    with lease(settings.device) as gpu:
+    with lease(settings.execution.device) as gpu:
         return _run_child(settings, os.environ | gpu, logs)
 
 
@@ -72,12 +72,14 @@ def interruptible() -> Iterator[None]:
 
 
 def _nothing_to_do(settings: Settings) -> bool:
-    return all(RunFolder(cell.folder).settled(cell.force, cell.retry_failed) for cell in _cells([settings]))
+    return all(
+        RunFolder(cell.folder).settled(cell.execution.force, cell.execution.retry_failed) for cell in _cells([settings])
+    )
 
 
 def _run_child(settings: Settings, environment: dict[str, str], logs: dict[str, Any] | None) -> list[dict[str, Any]]:
     process, answer = _start(settings, environment, logs)
-    limit = None if settings.timeout_minutes is None else 60 * settings.timeout_minutes
+    limit = None if settings.execution.timeout_minutes is None else 60 * settings.execution.timeout_minutes
     try:
         is_ready = bool(wait([answer, process.sentinel], limit))
         result = _receive(answer) if is_ready else None
@@ -204,7 +206,7 @@ def settle(cells: Sequence[Settings]) -> None:
 
 def _cells(cells: Sequence[Settings]) -> list[Settings]:
     """With the references that they need."""
-    references = [cell.reference() for cell in cells if cell.quantizes]
+    references = [cell.reference() for cell in cells if cell.run.quantizes]
     return list({cell.folder: cell for cell in (*cells, *references)}.values())
 
 
@@ -224,7 +226,8 @@ def _write_row(cell: Settings, progress: dict[str, Any], reason: str, error: str
 
 
 def _too_long(settings: Settings) -> str:
-    return f"stopped after timeout_minutes={settings.timeout_minutes:g} {{where}}: raise that, with retry_failed=true"
+    minutes = settings.execution.timeout_minutes
+    return f"stopped after timeout_minutes={minutes:g} {{where}}: raise that, with retry_failed=true"
 
 
 def _death(exitcode: int | None) -> str:

@@ -81,11 +81,11 @@ def track(settings: Settings, folder: Path) -> Iterator[Tracker]:
 
 
 def _start(settings: Settings, folder: Path) -> Backend | None:
-    if settings.tracker.name == "wandb":
+    if settings.execution.tracker.name == "wandb":
         from runners.tracking.weights_and_biases import WandbTracker, start
 
         return WandbTracker(start(settings), folder, settings)
-    if settings.tracker.name == "trackio":
+    if settings.execution.tracker.name == "trackio":
         from runners.tracking.dashboard import TrackioTracker
 
         return TrackioTracker(settings, folder)

@@ -67,18 +67,18 @@ def convergence(sweeps: pd.DataFrame) -> dict[int, float]:
 
 def describe(settings: Settings) -> str:
     """The method and its grid, in the words by which a person tells the runs of a study apart."""
-    words = [settings.method.name]
-    if settings.quantizes:
-        words += [f"{settings.bits}b", f"g{settings.group_size}" if settings.group_size else "per-channel"]
-        words += ["symmetric"] * settings.symmetric + ["mse"] * (settings.grid_range == "mse")
-        words += ["act-order"] * settings.act_order
+    words = [settings.run.method.name]
+    if settings.run.quantizes:
+        words += [f"{settings.run.bits}b", f"g{settings.run.group_size}" if settings.run.group_size else "per-channel"]
+        words += ["symmetric"] * settings.run.symmetric + ["mse"] * (settings.run.grid_range == "mse")
+        words += ["act-order"] * settings.run.act_order
     return " ".join(words)
 
 
 def title(settings: Settings) -> str:
     """The name of a run; the digest tells apart those that differ elsewhere."""
-    seed = f" s{settings.seed}" if settings.quantizes else ""
-    return f"{describe(settings)}{seed} {settings.model.name} · {settings.digest}"
+    seed = f" s{settings.run.seed}" if settings.run.quantizes else ""
+    return f"{describe(settings)}{seed} {settings.run.model.name} · {settings.digest}"
 
 
 def run_id(run_name: str, study: str) -> str:
@@ -88,18 +88,24 @@ def run_id(run_name: str, study: str) -> str:
 
 def tags(settings: Settings) -> list[str]:
     """By which a project's runs can be filtered."""
-    if not settings.quantizes:
-        return [settings.method.name, settings.model.name]
-    groups = f"group {settings.group_size}" if settings.group_size else "per-channel"
-    words = [settings.method.name, settings.model.name, f"{settings.bits} bits", groups, f"seed {settings.seed}"]
-    return words + ["act-order"] * settings.act_order + ["symmetric"] * settings.symmetric
+    if not settings.run.quantizes:
+        return [settings.run.method.name, settings.run.model.name]
+    groups = f"group {settings.run.group_size}" if settings.run.group_size else "per-channel"
+    words = [
+        settings.run.method.name,
+        settings.run.model.name,
+        f"{settings.run.bits} bits",
+        groups,
+        f"seed {settings.run.seed}",
+    ]
+    return words + ["act-order"] * settings.run.act_order + ["symmetric"] * settings.run.symmetric
 
 
 def config(settings: Settings) -> dict[str, Any]:
     """Every setting: `bits`, `group_size`, `seed` and so on at the top, the method as `method.name`; and `SETTING`."""
-    return settings.resolved() | {SETTING: f"{describe(settings)} {settings.model.name} · {settings.series}"}
+    return settings.resolved() | {SETTING: f"{describe(settings)} {settings.run.model.name} · {settings.series}"}
 
 
 def job_type(settings: Settings) -> str:
     """Whether a run quantizes or is what others are compared with."""
-    return "quantize" if settings.quantizes else "reference"
+    return "quantize" if settings.run.quantizes else "reference"

@@ -19,7 +19,7 @@ class TrackioTracker:
     """Tells one run of trackio's."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
-        store = (Path(settings.results) / "trackio").absolute()
+        store = (Path(settings.execution.results) / "trackio").absolute()
         os.environ["TRACKIO_DIR"] = str(store)  # read once, when trackio is imported
         from trackio.utils import TRACKIO_DIR
 
@@ -27,7 +27,7 @@ class TrackioTracker:
             raise ValueError(f"trackio already writes to {TRACKIO_DIR}: a process can have one results folder")
         self._folder = folder
         self._curves = content.Curves()
-        self.where: str | None = f"TRACKIO_DIR={store} trackio show --project {settings.study}"
+        self.where: str | None = f"TRACKIO_DIR={store} trackio show --project {settings.execution.study}"
         self._run = _start(settings)
 
     def layer(self, record: LayerRecord) -> None:
@@ -72,6 +72,8 @@ def _start(settings: Settings) -> Any:
 
     name = content.title(settings)
     with suppress(ValueError):  # the study has no run yet
-        for earlier in [run for run in trackio.Api().runs(settings.study) if run.name == name]:
+        for earlier in [run for run in trackio.Api().runs(settings.execution.study) if run.name == name]:
             earlier.delete()  # run again, it replaces what it was
-    return LocalRun(None, settings.study, None, name, group=settings.model.name, config=content.config(settings))
+    return LocalRun(
+        None, settings.execution.study, None, name, group=settings.run.model.name, config=content.config(settings)
+    )

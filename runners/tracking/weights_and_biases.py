@@ -69,14 +69,14 @@ def start(settings: Settings) -> Any:
     os.environ["WANDB_DATA_DIR"] = data_folder(settings.study_folder)
     import wandb
 
-    mode = settings.tracker.mode or ("online" if logged_in() else "offline")
+    mode = settings.execution.tracker.mode or ("online" if logged_in() else "offline")
     settings.study_folder.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {
-        "project": settings.tracker.project,
-        "entity": settings.tracker.entity,
-        "id": content.run_id(settings.run_name, settings.study),  # run again, it replaces what it was
+        "project": settings.execution.tracker.project,
+        "entity": settings.execution.tracker.entity,
+        "id": content.run_id(settings.run_name, settings.execution.study),  # run again, it replaces what it was
         "name": content.title(settings),
-        "group": settings.study,
+        "group": settings.execution.study,
         "job_type": content.job_type(settings),
         "tags": content.tags(settings),
         "config": content.config(settings),

@@ -163,7 +163,9 @@ def study() -> pd.DataFrame:
 
 def test_the_committed_study_is_whole(study: pd.DataFrame) -> None:
     asked = {
-        (cell.method.name, cell.bits, cell.group_size or 0, cell.seed) if cell.quantizes else ("fp16", 0, 0, 0)
+        (cell.run.method.name, cell.run.bits, cell.run.group_size or 0, cell.run.seed)
+        if cell.run.quantizes
+        else ("fp16", 0, 0, 0)
         for cell in check(["experiment=tiny"], multirun=True)
     }
     cells = study[["method", "bits", "group_size", "seed"]].fillna(0).itertuples(index=False, name=None)

@@ -57,7 +57,7 @@ def test_wikitext2_has_the_published_number_of_tokens(gpt2: PreTrainedTokenizerB
 
 @needs_shared
 def test_a_sample_of_c4_does_not_pass_for_the_protocol(gpt2: PreTrainedTokenizerBase) -> None:
-    text = check(["evaluation=c4"], multirun=False)[0].evaluation.texts["c4"]
+    text = check(["evaluation=c4"], multirun=False)[0].run.evaluation.texts["c4"]
     windows = cut_windows("c4", text, gpt2, 2048, str(SHARED / "data"))
     assert windows.protocol == "gptq-new (300 documents)"
     assert len(windows.ids) <= 256
@@ -65,7 +65,7 @@ def test_a_sample_of_c4_does_not_pass_for_the_protocol(gpt2: PreTrainedTokenizer
 
 @needs_shared
 def test_calibration_on_real_c4(gpt2: PreTrainedTokenizerBase) -> None:
-    calibration = check(["model=opt-125m"], multirun=False)[0].calibration
+    calibration = check(["model=opt-125m"], multirun=False)[0].run.calibration
     sequences = draw_sequences(calibration, gpt2, 512, seed=0, data_root=str(SHARED / "data")).used
     assert sequences.shape == (128, 512)
 
@@ -165,12 +165,12 @@ def test_a_text_that_leaves_nothing_to_hold_out_is_refused(data_root: Path, toke
 def test_no_calibration_is_drawn_from_what_is_evaluated() -> None:
     evaluated, calibrated = set(), set()
     for name in ("wikitext2", "c4", "ptb", "stdlib"):
-        for text in check([f"evaluation={name}"], multirun=False)[0].evaluation.texts.values():
+        for text in check([f"evaluation={name}"], multirun=False)[0].run.evaluation.texts.values():
             evaluated.add(
                 (text.dataset.folder, text.dataset.split) if isinstance(text.dataset, HubDataset) else text.dataset.part
             )
     for name in ("wikitext2", "c4", "stdlib"):
-        dataset = check([f"calibration={name}"], multirun=False)[0].calibration.dataset
+        dataset = check([f"calibration={name}"], multirun=False)[0].run.calibration.dataset
         calibrated.add((dataset.folder, dataset.split) if isinstance(dataset, HubDataset) else dataset.part)
     assert not evaluated & calibrated
 
@@ -200,9 +200,9 @@ def test_a_modules_docstrings_are_in_its_docs_and_not_in_its_source() -> None:
 
 def test_the_standard_library_gives_enough_text(tokenizer: PreTrainedTokenizerBase) -> None:
     (settings,) = check([], multirun=False)
-    for name, text in settings.evaluation.texts.items():
+    for name, text in settings.run.evaluation.texts.items():
         assert len(cut_windows(name, text, tokenizer, 512, None).ids) == 64
-    assert draw_sequences(settings.calibration, tokenizer, 512, 0, None).used.shape == (128, 512)
+    assert draw_sequences(settings.run.calibration, tokenizer, 512, 0, None).used.shape == (128, 512)
 
 
 def test_the_standard_library_is_identified_by_its_python() -> None:

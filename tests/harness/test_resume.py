@@ -192,9 +192,8 @@ def resume_code() -> str:
 def test_force_begins_anew(half_done: Settings) -> None:
     file = half_done.folder / "checkpoint" / "identity.json"
     file.write_text("{}")
-    from dataclasses import replace
 
-    assert run_cell(replace(half_done, force=True))["status"] == "done"
+    assert run_cell(half_done.replace(force=True))["status"] == "done"
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "gone", "manifest", "wrong checksum"])

@@ -133,30 +133,30 @@ def test_experiments_are_swept_with_or_without_a_plus(name: str, monkeypatch: py
     cli.start(lambda: None)
     assert len(cells) == 11 * 3 * 2 * 3
     assert len({cell.digest for cell in cells}) == 10 * 3 * 2 * 3 + 1  # one unquantized reference
-    assert {cell.study for cell in cells} == {"tiny"}
-    assert {cell.bits for cell in cells} == {2, 3, 4}
-    assert {cell.group_size for cell in cells} == {None, 64}
+    assert {cell.execution.study for cell in cells} == {"tiny"}
+    assert {cell.run.bits for cell in cells} == {2, 3, 4}
+    assert {cell.run.group_size for cell in cells} == {None, 64}
 
 
 def test_the_command_line_wins_over_an_experiment() -> None:
     cells = check(["experiment=tiny", "bits=3", "study=mine"], multirun=True)
-    assert {(cell.bits, cell.study) for cell in cells} == {(3, "mine")}
+    assert {(cell.run.bits, cell.execution.study) for cell in cells} == {(3, "mine")}
 
 
 def test_which_data_a_model_takes_without_further_words() -> None:
     (tiny,) = check([], multirun=False)
-    assert tiny.calibration.name == "stdlib"
-    assert list(tiny.evaluation.texts) == ["stdlib_docs", "stdlib_source"]
+    assert tiny.run.calibration.name == "stdlib"
+    assert list(tiny.run.evaluation.texts) == ["stdlib_docs", "stdlib_source"]
     (hub,) = check(["model=opt-13b"], multirun=False)
-    assert hub.calibration.name == "c4"
-    assert list(hub.evaluation.texts) == ["wikitext2", "c4", "ptb"]
+    assert hub.run.calibration.name == "c4"
+    assert list(hub.run.evaluation.texts) == ["wikitext2", "c4", "ptb"]
     (chosen,) = check(["calibration=wikitext2", "evaluation=ptb"], multirun=False)
-    assert (chosen.calibration.name, list(chosen.evaluation.texts)) == ("wikitext2", ["ptb"])
+    assert (chosen.run.calibration.name, list(chosen.run.evaluation.texts)) == ("wikitext2", ["ptb"])
 
 
 def test_the_main_job_is_quantease_at_3_bits_per_channel() -> None:
     (settings,) = check([], multirun=False)
-    assert (settings.method.name, settings.bits, settings.group_size, settings.model.name) == (
+    assert (settings.run.method.name, settings.run.bits, settings.run.group_size, settings.run.model.name) == (
         "quantease",
         3,
         None,

@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -130,7 +130,7 @@ def test_force_runs_it_again(toy_settings: ToySettings) -> None:
     settings = toy_settings("method=rtn")
     run_cell(settings)
     before = (settings.folder / "metrics.json").stat().st_mtime_ns
-    run_cell(replace(settings, force=True))
+    run_cell(settings.replace(force=True))
     assert (settings.folder / "metrics.json").stat().st_mtime_ns > before
 
 
@@ -154,7 +154,7 @@ def test_an_unexpected_error_becomes_a_row_with_stage_and_traceback(
     assert "Traceback" in row["traceback"]
     assert json.loads((settings.folder / "metrics.json").read_text())["status"] == "failed"
     monkeypatch.undo()
-    assert run_cell(replace(settings, retry_failed=True))["status"] == "done"
+    assert run_cell(settings.replace(retry_failed=True))["status"] == "done"
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ class Refuses(LayerSolver):
 
 
 def test_what_a_method_cannot_do_is_recorded_as_unsupported(toy_settings: ToySettings) -> None:
-    settings = replace(toy_settings("method=rtn"), method=Method("refuses", Refuses()))
+    settings = toy_settings("method=rtn").replace(method=Method("refuses", Refuses()))
     row = run_cell(settings)
     assert (row["status"], row["stage"]) == ("unsupported", "quantize")
     assert row["error"] == "self_attn.q_proj in block 0: not at this width"

@@ -67,8 +67,8 @@ def test_every_command_in_a_header_is_valid(name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_an_experiment_has_no_cell_twice_and_says_how_many(name: str) -> None:
     full = cells(name)
-    assert {cell.study for cell in full} == {name}
-    runs = {(cell.model.name, cell.digest) for cell in full}
+    assert {cell.execution.study for cell in full} == {name}
+    runs = {(cell.run.model.name, cell.digest) for cell in full}
     assert name in LARGE or len(runs) == len(full)
     assert re.search(rf"# cost: +{len(runs)} (cells|runs)", header(name))
 
@@ -76,24 +76,24 @@ def test_an_experiment_has_no_cell_twice_and_says_how_many(name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_with_the_bundled_model_everything_is_small_and_at_hand(name: str) -> None:
     small = cells(name, "model=tiny")
-    assert {cell.model.name for cell in small} == {"tiny"}
-    assert {cell.calibration.name for cell in small} == {"stdlib"}
-    assert {tuple(cell.evaluation.texts) for cell in small} == {("stdlib_docs", "stdlib_source")}
-    assert {cell.group_size for cell in small} <= {None, 64}  # divides the bundled model's rows
+    assert {cell.run.model.name for cell in small} == {"tiny"}
+    assert {cell.run.calibration.name for cell in small} == {"stdlib"}
+    assert {tuple(cell.run.evaluation.texts) for cell in small} == {("stdlib_docs", "stdlib_source")}
+    assert {cell.run.group_size for cell in small} <= {None, 64}  # divides the bundled model's rows
     assert name in LARGE or 2 <= len(small) <= SMALL
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name not in LARGE])
 def test_hub_models_take_the_papers_data(name: str) -> None:
     full = cells(name)
-    assert {cell.calibration.name for cell in full} == {"c4"}
-    assert {tuple(cell.evaluation.texts) for cell in full} == {("wikitext2", "c4", "ptb")}
+    assert {cell.run.calibration.name for cell in full} == {"c4"}
+    assert {tuple(cell.run.evaluation.texts) for cell in full} == {("wikitext2", "c4", "ptb")}
 
 
 @pytest.mark.parametrize("name", [f"{family}_3_4_bits" for family in ("opt", "bloom", "falcon")])
 def test_the_papers_numbers_stand_under_their_models(name: str) -> None:
     """A column a model, in the order of the sweep; a number that nobody published leaves a gap."""
-    models = dict.fromkeys(cell.model.name for cell in cells(name))
+    models = dict.fromkeys(cell.run.model.name for cell in cells(name))
     heads = {match[0]: match.end() for match in re.finditer(r"[\w.]+(?=  |$)", table_line(name, "expect:"))}
     for row, place in {"full": 0, "QuantEase 4": 1, "QuantEase 3": 2}.items():
         line = table_line(name, row)
@@ -108,7 +108,7 @@ def test_the_papers_numbers_stand_under_their_models(name: str) -> None:
     [("outliers_3_bits", "columns", 3), ("outliers_3_bits", "weights", 4), ("true_sequential", "QuantEase 3 bits", 2)],
 )
 def test_the_papers_numbers_stand_in_the_order_of_the_models(name: str, row: str, place: int) -> None:
-    models = dict.fromkeys(cell.model.name for cell in cells(name))
+    models = dict.fromkeys(cell.run.model.name for cell in cells(name))
     numbers = re.findall(r"\d+\.\d\d", table_line(name, row))
     assert numbers == [f"{PUBLISHED[model][place]:.2f}" for model in models]
 

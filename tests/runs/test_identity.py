@@ -1,7 +1,6 @@
 """The digests of committed results: what the settings of today's code come to must still be what the folders are called."""
 
-import json
-from hashlib import sha256
+from dataclasses import field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ from baselines.rtn import RTN
 from baselines.spqr import SpQR
 from quantease.coordinate_descent import QuantEase
 from quantease.outliers import OutlierQuantEase
-from runners.config.build import plain
-from runners.config.settings import Method, Settings, Tracker
+from runners.config.settings import RUN_SETTINGS, Execution, Method, Run, Settings, Tracker
 from runners.data.calibration import Calibration
 from runners.data.datasets import HubDataset, StandardLibrary
 from runners.data.windows import Evaluation, Text
+from runners.identity import digest_of, plain
 from runners.models.checkpoint import Model
 from runners.project import ROOT
+from tests.conftest import ToySettings
 
 CLASSES = (AWQ, GPTQ, RTN, SpQR, OutlierQuantEase, QuantEase, HubDataset, StandardLibrary)
 CLASSES += (Calibration, Evaluation, Method, Model, Text, Tracker)
@@ -37,7 +37,9 @@ def rebuilt(node: Any) -> Any:
 
 
 def settings_of(stored: dict[str, Any]) -> Settings:
-    return Settings(**{key: rebuilt(entry) for key, entry in stored.items() if key not in ("class", "grid", "data")})
+    flat = {key: rebuilt(entry) for key, entry in stored.items() if key not in ("class", "grid", "data")}
+    run = Run(**{name: flat.pop(name) for name in RUN_SETTINGS})
+    return Settings(run, Execution(**flat))
 
 
 @pytest.mark.parametrize("file", RUNS, ids=lambda file: file.parent.name)
@@ -47,10 +49,40 @@ def test_a_committed_run_keeps_its_digest(file: Path) -> None:
     # The bundled model is here, the texts of the Python that made the run need not be.
     identity = settings.identity() | {"data": stored["data"]}
     identity["model"]["path"] = stored["model"]["path"]
-    digest = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
-    assert file.parent.name == f"{settings.method.name}{f'-{settings.bits}b' * settings.quantizes}-{digest}"
-    assert plain(settings.grid) == stored.get("grid", plain(settings.grid))
+    digest = digest_of(identity)
+    assert file.parent.name == f"{settings.run.method.name}{f'-{settings.run.bits}b' * settings.run.quantizes}-{digest}"
+    assert plain(settings.run.grid) == stored.get("grid", plain(settings.run.grid))
 
 
 def test_there_are_runs_to_test_that_on() -> None:
     assert len(RUNS) > 100
+
+
+def test_a_field_added_to_run_changes_the_digest_and_one_added_to_execution_does_not(toy_settings: ToySettings) -> None:
+    settings = toy_settings()
+    longer = {
+        half: make_dataclass(half.__name__, [("added", int, field(default=1))], bases=(half,), frozen=True)
+        for half in (Run, Execution)
+    }
+    run = longer[Run](**vars(settings.run))
+    execution = longer[Execution](**vars(settings.execution))
+    assert Settings(run, settings.execution).digest != settings.digest
+    assert Settings(run, settings.execution).digest != Settings(replace(run, added=2), settings.execution).digest
+    assert Settings(settings.run, execution).digest == settings.digest
+
+
+def test_what_belongs_to_a_run_does_not_touch_how_it_is_executed(toy_settings: ToySettings) -> None:
+    settings = toy_settings()
+    changed = settings.replace(bits=4, force=True)
+    assert (changed.run.bits, changed.execution.force) == (4, True)
+    assert changed.replace(bits=settings.run.bits, force=False) == settings
+    with pytest.raises(TypeError, match="no_such_setting"):
+        settings.replace(no_such_setting=1)
+
+
+def test_the_record_of_a_run_has_every_setting_in_the_published_order(toy_settings: ToySettings) -> None:
+    names = ["class", *(field.name for half in (Run, Execution) for field in fields(half)), "grid", "data"]
+    resolved = list(toy_settings().resolved())
+    assert sorted(resolved) == sorted(names)
+    stored = yaml.safe_load(next(file for file in RUNS if "rtn" in str(file)).read_text(encoding="utf-8"))
+    assert resolved == list(stored)

@@ -31,7 +31,7 @@ SPECS = [
 
 def build_solver(name: str) -> LayerSolver:
     (settings,) = check([f"method={name}"], multirun=False)
-    return settings.solver
+    return settings.run.solver
 
 
 @pytest.fixture(params=METHODS, scope="module")

@@ -186,7 +186,7 @@ def test_a_sweep_leaves_failed_cells_alone_and_says_so(
     arguments = ["method=rtn", "bits=2,3,4", f"results={tmp_path}"]
     cells = check(arguments, multirun=True)
     for cell in cells[:2]:
-        end(cell.folder, status="failed", reason="killed", stage="load", error="killed by SIGKILL", bits=cell.bits)
+        end(cell.folder, status="failed", reason="killed", stage="load", error="killed by SIGKILL", bits=cell.run.bits)
     end(cells[2].folder, status="failed", reason="interrupted", stage="load", error="interrupted", bits=4)
     for extra, sentence in (
         ([], "2 of 3 cells failed, 2 of them before, which were left alone: retry_failed=true runs them again"),

@@ -123,7 +123,7 @@ class Tells(LayerSolver):
 
 @pytest.mark.usefixtures("two_gpus")
 def test_the_cell_gets_its_gpu_before_it_starts(toy_settings: ToySettings) -> None:
-    settings = dataclasses.replace(toy_settings("method=rtn"), method=Method("tells", Tells()))
+    settings = toy_settings("method=rtn").replace(method=Method("tells", Tells()))
     with lease(None):
         row = run_isolated(settings)[-1]
     assert row["error"].endswith(f"{VISIBLE}=1")

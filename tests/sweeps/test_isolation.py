@@ -56,7 +56,7 @@ class Ends(LayerSolver):
 
 
 def ending(settings: Settings, how: str) -> Settings:
-    return dataclasses.replace(settings, method=Method("ends", Ends(how)))
+    return settings.replace(method=Method("ends", Ends(how)))
 
 
 def stored(settings: Settings) -> dict[str, str]:
@@ -101,7 +101,7 @@ def test_a_process_gives_the_same_rows_and_the_next_one_too(toy_settings: ToySet
 
 
 def test_a_cell_that_takes_too_long_is_stopped(toy_settings: ToySettings) -> None:
-    settings = dataclasses.replace(ending(toy_settings("method=rtn"), "sleeps"), timeout_minutes=0.05)
+    settings = ending(toy_settings("method=rtn"), "sleeps").replace(timeout_minutes=0.05)
     start = time.monotonic()
     (row,) = run_isolated(settings)
     assert time.monotonic() - start < 60
@@ -134,7 +134,7 @@ def test_a_failed_run_is_left_alone_until_it_is_to_be_retried(toy_settings: ToyS
         assert folder.settled(force=False, retry_failed=True) is None
     folder.write_json(METRICS, failed_row(settings, "killed", "quantize", "broke"))
     assert run_cell(settings)["error"] == "broke"
-    assert run_cell(dataclasses.replace(settings, retry_failed=True))["status"] == "done"
+    assert run_cell(settings.replace(retry_failed=True))["status"] == "done"
 
 
 @pytest.mark.parametrize("force", [False, True])
