@@ -26,7 +26,7 @@ from runners.sweeps.cells import state
 from runners.sweeps.isolation import interruptible, run_isolated, settle
 from tests.conftest import PROJECT, ToySettings
 
-DONE = {"status": "done", "method": "fp16", "model": "toy", "layers/mean_relative_error": 0.0}
+DONE = {"status": "done", "method": "fp16", "model": "toy", "bits_per_weight": 16.0, "layers/mean_relative_error": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ script runs in a virtual environment of its own, on the CPU, in seconds.
 
     python3.11 -m venv llmcompressor-venv
     llmcompressor-venv/bin/pip install llmcompressor==0.14.0.1
-    llmcompressor-venv/bin/python tests/golden/make_gptq.py
+    llmcompressor-venv/bin/python tests/solvers/golden/make_gptq.py
 
 It writes gptq.safetensors beside itself, with the versions it was made with in the metadata:
 
