@@ -24,13 +24,14 @@ from runners.results.metrics import BITS_PER_WEIGHT, Status
 TOLERANCE = 0.05
 BOLD_NOTE = (
     "Bold: a lower perplexity than every rival, beyond the spread. Rivals have the same model, bits and grid, and bits per "
-    f"weight within {TOLERANCE} of each other; beyond the spread means that the 95 % paired bootstrap interval of the "
-    "ratio, over windows and (where there are several) seeds, lies below 1 against each rival. A tie is not bold, nor is "
+    f"weight within {TOLERANCE} of each other. Beyond the spread means that the 95 % paired bootstrap interval of the "
+    "ratio, over windows and (where there are several) seeds, is below 1 against each rival. A tie is not bold, nor is "
     "a method without a rival."
 )
 LOWEST_NOTE = (
-    "Perplexity over the lowest of the same model, bits and grid, with the 95 % paired bootstrap interval; one that holds 1 "
-    "is a tie. Bits per weight differ: see them before you compare. Every pair of methods is in intervals.csv."
+    "Perplexity over the lowest of the same model, bits and grid, with its 95 % paired bootstrap interval; an interval "
+    "that contains 1 is a tie. Bits per weight differ: look at them before you compare. Every pair of methods is in "
+    "intervals.csv."
 )
 
 SeriesText = tuple[str, str]  # a series and a text that it was measured on

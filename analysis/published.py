@@ -11,7 +11,7 @@ from runners.project import ROOT
 from runners.results.metrics import OUTLIER_RATIO, group_words, protocol
 
 PUBLISHED = ROOT / "results" / "published"
-COLUMNS = ["source", "where", "model", "method", "bits", "group_size", "outlier_ratio"]
+COLUMNS = ["source", "where", "model", "method", "bits", "group_size", OUTLIER_RATIO]
 COLUMNS += ["text", "protocol", "perplexity", "url"]
 # Relative difference of outlier ratios that counts as equal. A structured 1 % is a whole number of columns: 20 of the
 # 2,048 of OPT-1.3B are 0.98 %. The ratios that papers print (0.5, 1 and 2 %) differ by a factor of two.

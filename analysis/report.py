@@ -11,9 +11,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.collect import collect, environment, read_tables
-from analysis.figures import model_figures
+from analysis.figures import size_figures
 from analysis.figures.layer_figures import layer_errors, sweep_errors
-from analysis.figures.model_figures import LeftOut
+from analysis.figures.pareto import pareto
+from analysis.figures.points import LeftOut
 from analysis.figures.style import png
 from analysis.intervals import LOWEST_NOTE, Pair, compare_peers, pairs_table, ratios_to_lowest, window_losses, winners
 from analysis.published import PUBLISHED, published_numbers
@@ -76,15 +77,15 @@ def _drawings(frame: pd.DataFrame, summary: list[Row]) -> Iterator[tuple[str, st
     bits_title = "Perplexity against bits per weight (mean and standard deviation over seeds)"
     models = list(dict.fromkeys(row["model"] for row in summary))
     for model in models:
-        yield f"pareto-{model}.png", f"{bits_title}, {model}", partial(model_figures.pareto, summary, model)
-    yield "size.png", "Perplexity against model size", partial(model_figures.against_size, summary)
+        yield f"pareto-{model}.png", f"{bits_title}, {model}", partial(pareto, summary, model)
+    yield "size.png", "Perplexity against model size", partial(size_figures.against_size, summary)
     for model in models:
         errors = partial(layer_errors, summary, layers, model)
         yield f"layers-{model}.png", f"Relative error by layer (mean over seeds), {model}", errors
         errors = partial(sweep_errors, summary, sweeps, model)
         yield f"sweeps-{model}.png", f"Relative error by sweep (mean over layers and seeds), {model}", errors
-    yield "zero_shot.png", "Zero-shot accuracy against model size", partial(model_figures.zero_shot, summary)
-    yield "seconds.png", "Time to quantize against model size", partial(model_figures.seconds, summary)
+    yield "zero_shot.png", "Zero-shot accuracy against model size", partial(size_figures.zero_shot, summary)
+    yield "seconds.png", "Time to quantize against model size", partial(size_figures.seconds, summary)
 
 
 def _files(report: Report, pairs: list[Pair]) -> dict[str, bytes]:
@@ -94,7 +95,7 @@ def _files(report: Report, pairs: list[Pair]) -> dict[str, bytes]:
     files["intervals.csv"] = _csv(pairs_table(pairs), "%.4f")
     for table in report.papers:
         name = table.metric.slug
-        files[f"{name}.md"] = f"{papers.markdown(table)}\n\nThe runs of every cell: `{name}.csv`."
+        files[f"{name}.md"] = f"{papers.markdown(table)}\n\nThe runs behind every number: `{name}.csv`."
         files[f"{name}.tex"] = latex(table)
         files[f"{name}.csv"] = _csv(pd.DataFrame(table.entries).drop(columns=["printed", "beside"]), "%.6g")
     files["index.html"] = page(report)

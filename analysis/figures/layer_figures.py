@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis.figures.model_figures import LeftOut
+from analysis.figures.points import LeftOut
 from analysis.figures.style import Look, legend, legend_key, log_axis, looks, panels, styled
 from analysis.series import Row
 from runners.results.metrics import OWN_GRID, REFERENCE, bits_words

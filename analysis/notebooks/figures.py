@@ -21,7 +21,9 @@
 from IPython.display import Image, display
 
 from analysis.collect import collect, read_tables
-from analysis.figures import layer_figures, model_figures
+from analysis.figures import layer_figures, size_figures
+from analysis.figures.pareto import pareto
+from analysis.figures.points import LeftOut
 from analysis.figures.style import png
 from analysis.series import summarize
 from runners.project import ROOT
@@ -36,7 +38,7 @@ model = "tiny"
 # %%
 frame = collect(study)
 summary = summarize(frame)
-Image(png(model_figures.pareto(summary, model)))
+Image(png(pareto(summary, model)))
 
 # %% [markdown]
 # The error of every linear layer, at 3 bits.
@@ -49,8 +51,8 @@ Image(png(layer_figures.layer_errors(summarize(at_3_bits), read_tables(at_3_bits
 # Other figures need several sizes of a model; a study without them is told so.
 
 # %%
-for draw in (model_figures.against_size, model_figures.zero_shot, model_figures.seconds):
+for draw in (size_figures.against_size, size_figures.zero_shot, size_figures.seconds):
     try:
         display(Image(png(draw(summary))))
-    except model_figures.LeftOut as reason:
+    except LeftOut as reason:
         print(f"{draw.__name__}: {reason}")

@@ -15,7 +15,7 @@ def latex(table: PaperTable) -> str:
     caption = ". ".join(note.rstrip(".") for note in (table.metric.title, *table.notes)) + "."
     # The first four columns are words of this program, the others are LaTeX already.
     wide = pd.DataFrame([[*map(escape, row[:4]), *row[4:]] for row in rows], columns=pd.Index(map(escape, header)))
-    return f"% The runs of every cell: {table.metric.slug}.csv. Needs \\usepackage{{booktabs}}.\n" + (
+    return f"% The runs behind every number: {table.metric.slug}.csv. Needs \\usepackage{{booktabs}}.\n" + (
         wide.style.hide(axis="index").to_latex(
             column_format="lrlr" + "r" * len(table.models),
             position_float="centering",

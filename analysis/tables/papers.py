@@ -54,7 +54,7 @@ class PaperTable:
     def notes(self) -> list[str]:
         """The notes below the table."""
         marked = [f"{mark} published: {source}" for mark, source in zip(SUPERSCRIPTS, self.sources, strict=False)]
-        brackets = ["In brackets: the published number and ours less the published one."] * bool(marked)
+        brackets = ["In brackets: the published number, and ours minus it."] * bool(marked)
         bold = [BOLD_NOTE] * any(entry["bold"] for entry in self.entries)
         return brackets + marked + bold + [RAISED_NOTE] * any(entry["damping_raised"] for entry in self.entries)
 
@@ -65,7 +65,7 @@ def table_metrics(summary: list[Row]) -> list[Metric]:
     found = {ppl(text): _perplexity(summary, text) for text in names(keys, "ppl")}
     for text in dict.fromkeys(name.split("/")[0] for name in names(keys, "agreement")):
         kl, top1 = agreement(text, "kl"), agreement(text, "top1")
-        found[kl] = Metric(kl, f"KL divergence from the full-precision model, nats a token, on {text}", 4)
+        found[kl] = Metric(kl, f"KL divergence from the full-precision model, nats per token, on {text}", 4)
         found[top1] = Metric(top1, f"Same top token as full precision, %, on {text}", 2, 100.0)
     for key in keys:
         if (parts := zero_shot_parts(key)) and parts[1] not in NO_RESULTS and not parts[1].endswith("_stderr"):

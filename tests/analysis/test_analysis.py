@@ -25,7 +25,7 @@ def put(study: Path, name: str, **metrics: object) -> None:
 
 def run(method: str, bits: int | None = None, ppl: float = 10.0, **more: Any) -> dict[str, Any]:
     quantized = {} if bits is None else {"bits": bits}
-    figures = {
+    measured = {
         "ppl/a": ppl,
         "protocol/a": "gptq",
         "windows/a": 1,
@@ -33,7 +33,7 @@ def run(method: str, bits: int | None = None, ppl: float = 10.0, **more: Any) ->
         "bits_per_weight": 3.0 if bits else 16.0,
     }
     base = {"status": "done", "model": "m", "method": method, "layers/mean_relative_error": 0.1}
-    return base | quantized | figures | more
+    return base | quantized | measured | more
 
 
 def test_full_precision_comes_first_and_failures_are_left_out(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_no_table_mixes_protocols_or_texts(tmp_path: Path, key: str, word: str) 
 
 
 def test_no_table_mixes_what_the_layers_were_calibrated_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    put(tmp_path, "a", **run("rtn", 3))  # before runs said so
+    put(tmp_path, "a", **run("rtn", 3))  # older runs do not say
     put(tmp_path, "b", **run("gptq", 3, calibration_inputs="quantized"))
     put(tmp_path, "c", **run("fp16"))
     assert len(collect(tmp_path)) == 3
@@ -77,7 +77,7 @@ def test_no_table_mixes_what_the_layers_were_calibrated_on(tmp_path: Path, capsy
     assert "awq" not in table
 
 
-def test_layer_error_on_held_out_data_stands_beside_that_on_the_data_used(tmp_path: Path) -> None:
+def test_held_out_layer_error_is_shown_after_that_on_the_calibration_data(tmp_path: Path) -> None:
     put(tmp_path, "a", **run("rtn", 3, **{"layers/mean_held_out_error": 0.125}))
     put(tmp_path, "b", **run("gptq", 3, seed=0, series="s"))
     put(tmp_path, "c", **run("gptq", 3, seed=1, series="s"))
@@ -106,7 +106,7 @@ def test_raised_damping_is_marked_and_explained(tmp_path: Path) -> None:
     assert "†" not in markdown(table.iloc[:1])
 
 
-def test_a_table_can_be_of_some_runs_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_may_show_some_runs_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(tmp_path, "a", **run("rtn", 3, group_size=64))
     put(tmp_path, "b", **run("gptq", 3))
     put(tmp_path, "c", **run("rtn", 4))

@@ -17,7 +17,7 @@ RNG = np.random.default_rng
 
 
 def noisy(seeds: int, windows: int, shift: float, generator: np.random.Generator) -> tuple[Losses, Losses]:
-    """Two series: windows of unlike difficulty, a difference by seed, by window and of both."""
+    """Two series on windows of different difficulty; they differ by `shift`, and by noise per seed, per window and both."""
     hard = generator.normal(3, 1, windows)
     by_seed = generator.normal(0, 0.01 * (seeds > 1), (seeds, 1))  # one seed alone does not show its effect
     by_window = generator.normal(0, 0.03, windows)
@@ -39,7 +39,7 @@ def test_a_constant_difference_is_certain() -> None:
     assert (ratio.low, ratio.high) == pytest.approx((1.1, 1.1))
 
 
-def test_of_one_seed_the_interval_is_the_normal_one_of_the_mean_difference() -> None:
+def test_with_one_seed_the_interval_is_the_normal_one_of_the_mean_difference() -> None:
     generator = RNG(1)
     difference = generator.normal(-0.05, 0.1, 400)
     nll = generator.normal(3, 1, 400)
@@ -49,7 +49,7 @@ def test_of_one_seed_the_interval_is_the_normal_one_of_the_mean_difference() -> 
     assert math.log(ratio.high) == pytest.approx(difference.mean() + half, abs=0.1 * half)
 
 
-def test_of_three_seeds_that_alone_differ_the_interval_is_near_students() -> None:
+def test_with_noise_of_three_seeds_alone_the_interval_is_near_students() -> None:
     nll = np.full(30, 3.0)
     first = Losses({seed: nll + shift for seed, shift in enumerate((-0.01, 0.0, 0.01))})
     ratio = perplexity_ratio(first, Losses({0: nll}))
@@ -71,7 +71,7 @@ def test_pairing_windows_and_seeds_narrows_the_interval() -> None:
 
 
 @pytest.mark.parametrize(("seeds", "least", "most"), [(1, 0.90, 0.99), (3, 0.92, 1.0)])
-def test_intervals_hold_the_truth_as_often_as_they_say(seeds: int, least: float, most: float) -> None:
+def test_intervals_contain_the_truth_as_often_as_they_claim(seeds: int, least: float, most: float) -> None:
     generator = RNG(5)
     hits = 0
     for _ in range(200):
@@ -87,7 +87,7 @@ def test_losses_that_cannot_be_paired_are_refused() -> None:
         Losses({0: np.ones(5), 1: np.ones(6)})
 
 
-def cell(study: Path, method: str, loss: float, stored: float = 3.0, seeds: int = 1, noise: float = 0.0) -> None:
+def put_series(study: Path, method: str, loss: float, stored: float = 3.0, seeds: int = 1, noise: float = 0.0) -> None:
     hard = RNG(0).normal(3, 1, 50)
     for seed in range(seeds):
         nll = hard + loss + noise * (seed - (seeds - 1) / 2)
@@ -102,25 +102,25 @@ def bold(study: Path) -> set[str]:
 
 
 def test_bold_is_only_what_beats_every_rival_beyond_the_spread(tmp_path: Path) -> None:
-    cell(tmp_path, "rtn", 0.5)
+    put_series(tmp_path, "rtn", 0.5)
     assert bold(tmp_path) == set()  # nobody to beat
-    cell(tmp_path, "gptq", 0.2)
+    put_series(tmp_path, "gptq", 0.2)
     assert bold(tmp_path) == {"gptq"}
-    cell(tmp_path, "quantease_outlier", 0.1, stored=3.4)  # more bits: not a rival, and without rivals itself
+    put_series(tmp_path, "quantease_outlier", 0.1, stored=3.4)  # more bits: not a rival, and without rivals itself
     assert bold(tmp_path) == {"gptq"}
-    cell(tmp_path, "quantease", 0.19, stored=3.05, seeds=3, noise=0.02)  # better, but within its spread
+    put_series(tmp_path, "quantease", 0.19, stored=3.05, seeds=3, noise=0.02)  # better, but within its spread
     assert bold(tmp_path) == set()
 
 
 def test_bold_needs_the_spread_over_seeds_too(tmp_path: Path) -> None:
-    cell(tmp_path, "gptq", 0.2, seeds=3)
-    cell(tmp_path, "quantease", 0.15, seeds=3, noise=0.001)
+    put_series(tmp_path, "gptq", 0.2, seeds=3)
+    put_series(tmp_path, "quantease", 0.15, seeds=3, noise=0.001)
     assert bold(tmp_path) == {"quantease"}
 
 
 def test_two_runs_are_compared_on_the_same_windows_only(tmp_path: Path) -> None:
     for method, loss in {"gptq": 0.2, "rtn": 0.3}.items():
-        cell(tmp_path, method, loss)
+        put_series(tmp_path, method, loss)
     first, second = tmp_path / "m" / "rtn-0", tmp_path / "m" / "gptq-0"
     assert compare_runs(first, second)["a"].value == pytest.approx(math.exp(0.1))
     text = (first / "metrics.json").read_text()

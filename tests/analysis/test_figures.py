@@ -1,4 +1,4 @@
-"""Figures: what their axes show, that they say why they are left out, and that their files are repeatable."""
+"""Figures: what their axes show, the reasons why some are left out, and that their files are repeatable."""
 
 import io
 import math
@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from analysis.collect import collect, read_tables
-from analysis.figures import layer_figures, model_figures
-from analysis.figures.model_figures import LeftOut
+from analysis.figures import layer_figures, size_figures
+from analysis.figures.pareto import front, pareto
+from analysis.figures.points import LeftOut
 from analysis.figures.style import METHODS, looks, png
 from analysis.series import METHOD_ORDER, Row, summarize
 from tests.conftest import PROJECT
@@ -47,7 +48,7 @@ def value(summary: list[Row], model: str, method: str, bits: int | None, metric:
 
 
 def test_the_pareto_figure_shows_every_series_the_front_and_full_precision(summary: list[Row]) -> None:
-    axis = model_figures.pareto(summary, "opt-13b").axes[0]
+    axis = pareto(summary, "opt-13b").axes[0]
     assert axis.get_yscale() == "log"
     assert "wikitext2 (protocol gptq)" in axis.get_title()
     points = lines(axis, METHODS["quantease"][0])
@@ -59,14 +60,14 @@ def test_the_pareto_figure_shows_every_series_the_front_and_full_precision(summa
     assert any(list(np.asarray(line.get_ydata())) == [reference] * 2 for line in axis.get_lines())
 
 
-def test_the_front_is_what_nothing_smaller_reaches() -> None:
+def test_no_series_at_as_few_bits_is_lower_than_the_front() -> None:
     stored = [3.0, 3.0, 3.5, 4.0, 4.2]
     rows: list[Row] = [{"bits_per_weight": b, "p": p} for b, p in zip(stored, [12, 10, 11, 9, math.nan], strict=True)]
-    assert [(row["bits_per_weight"], row["p"]) for row in model_figures.front(rows, "p")] == [(3.0, 10), (4.0, 9)]
+    assert [(row["bits_per_weight"], row["p"]) for row in front(rows, "p")] == [(3.0, 10), (4.0, 9)]
 
 
 def test_lines_against_size_join_the_models_of_a_family(summary: list[Row]) -> None:
-    axes = model_figures.against_size(summary).axes
+    axes = size_figures.against_size(summary).axes
     assert [axis.get_title() for axis in axes] == ["4 bits", "3 bits"]
     drawn = lines(axes[1], METHODS["gptq"][0])
     assert sorted(x for x, _ in drawn) == [
@@ -79,7 +80,7 @@ def test_lines_against_size_join_the_models_of_a_family(summary: list[Row]) -> N
 
 
 def test_zero_shot_has_the_tasks_standard_error(summary: list[Row]) -> None:
-    axis = model_figures.zero_shot(summary).axes[0]
+    axis = size_figures.zero_shot(summary).axes[0]
     assert axis.get_ylabel() == "accuracy on piqa (acc)"
     bars = [np.asarray(bar.get_segments()) for bar in axis.collections]  # pyright: ignore[reportAttributeAccessIssue]
     assert all(np.allclose(bar[:, 1, 1] - bar[:, 0, 1], 0.02) for bar in bars)
@@ -87,7 +88,7 @@ def test_zero_shot_has_the_tasks_standard_error(summary: list[Row]) -> None:
 
 def test_time_is_shown_for_each_device(summary: list[Row]) -> None:
     other = [row | {"device": "CPU"} if row["model"] == "opt-13b" else row for row in summary]
-    assert [axis.get_title() for axis in model_figures.seconds(other).axes] == ["CPU", "NVIDIA H200"]
+    assert [axis.get_title() for axis in size_figures.seconds(other).axes] == ["CPU", "NVIDIA H200"]
 
 
 def test_layer_errors_are_shown_on_calibration_and_held_out_data(study: Path, summary: list[Row]) -> None:
@@ -116,10 +117,10 @@ def test_a_figure_that_would_be_empty_says_why(tmp_path: Path) -> None:
     frame = collect(tmp_path)
     rows = summarize(frame)
     cases: dict[str, Callable[[], Figure]] = {
-        "no quantized run of m has a perplexity": lambda: model_figures.pareto(rows, "m"),
-        "models of two sizes": lambda: model_figures.against_size(rows),
-        "no run has zero-shot": lambda: model_figures.zero_shot(rows),
-        "it needs models": lambda: model_figures.seconds(rows),
+        "no quantized run of m has a perplexity": lambda: pareto(rows, "m"),
+        "models of two sizes": lambda: size_figures.against_size(rows),
+        "no run has zero-shot": lambda: size_figures.zero_shot(rows),
+        "it needs models": lambda: size_figures.seconds(rows),
         "has a layers.csv": lambda: layer_figures.layer_errors(rows, read_tables(frame, "layers.csv"), "m"),
         "track_objective=true": lambda: layer_figures.sweep_errors(rows, read_tables(frame, "sweeps.csv"), "m"),
     }
@@ -141,7 +142,7 @@ def test_every_method_has_a_color_and_a_marker_of_its_own() -> None:
 
 
 def test_a_file_is_the_same_every_time_and_names_no_version(summary: list[Row]) -> None:
-    first, second = (png(model_figures.against_size(summary)) for _ in range(2))
+    first, second = (png(size_figures.against_size(summary)) for _ in range(2))
     assert first == second
     image = Image.open(io.BytesIO(first))
     assert image.info.keys() <= {"dpi"}

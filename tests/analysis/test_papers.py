@@ -1,4 +1,4 @@
-"""Tables as the papers have them: their order, what stands in a cell, and that it is the same in every format."""
+"""Tables in the form of the papers: their order, their entries, and that all formats agree."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def perplexity(study: Path, summary: list[Row]) -> PaperTable:
     return paper_table(summary, table_metrics(summary)[0], bold, published_numbers())
 
 
-def test_there_is_one_table_a_text_and_a_task(summary: list[Row]) -> None:
+def test_there_is_one_table_per_text_and_task(summary: list[Row]) -> None:
     assert [metric.key for metric in table_metrics(summary)] == [
         "ppl/wikitext2",
         "zero_shot/piqa/acc",
@@ -41,7 +41,7 @@ def test_there_is_one_table_a_text_and_a_task(summary: list[Row]) -> None:
     ]
 
 
-def test_models_stand_by_family_and_size_and_full_precision_first(perplexity: PaperTable) -> None:
+def test_models_are_ordered_by_family_and_size_and_full_precision_is_first(perplexity: PaperTable) -> None:
     header, _, *rows = markdown(perplexity).split("\n\n")[1].splitlines()
     assert [name.strip() for name in header.split("|")[5:-1]] == ["bloom-560m", "opt-125m", "opt-1.3b", "opt-13b"]
     lines = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
@@ -49,36 +49,38 @@ def test_models_stand_by_family_and_size_and_full_precision_first(perplexity: Pa
     assert lines[-1][:4] == ["quantease_outlier", "3", "per-channel", "3.01"]
 
 
-def test_a_cell_is_its_runs_mean_beside_the_published_number(study: Path, perplexity: PaperTable) -> None:
-    (cell,) = [
-        cell for cell in perplexity.entries if (cell["model"], cell["method"], cell["bits"]) == ("opt-1.3b", "gptq", 3)
+def test_an_entry_is_the_mean_of_its_runs_with_the_published_number(study: Path, perplexity: PaperTable) -> None:
+    (entry,) = [
+        entry
+        for entry in perplexity.entries
+        if (entry["model"], entry["method"], entry["bits"]) == ("opt-1.3b", "gptq", 3)
     ]
     values = [
-        json.loads((study / run / "metrics.json").read_text())["ppl/wikitext2"] for run in cell["runs"].split("; ")
+        json.loads((study / run / "metrics.json").read_text())["ppl/wikitext2"] for run in entry["runs"].split("; ")
     ]
     assert len(values) == 2
-    assert cell["value"] == pytest.approx(sum(values) / 2)
-    assert cell["published"] == "20.97"
-    assert float(cell["difference"].replace("−", "-")) == pytest.approx(cell["value"] - 20.97, abs=0.005)
-    assert f"{cell['value']:.2f} ± {cell['sd']:.2f} (20.97ᵃ {cell['difference']})" in markdown(perplexity)
+    assert entry["value"] == pytest.approx(sum(values) / 2)
+    assert entry["published"] == "20.97"
+    assert float(entry["difference"].replace("−", "-")) == pytest.approx(entry["value"] - 20.97, abs=0.005)
+    assert f"{entry['value']:.2f} ± {entry['sd']:.2f} (20.97ᵃ {entry['difference']})" in markdown(perplexity)
     assert "ᵃ published: GPTQ paper, WikiText-2 perplexities, https://arxiv.org/abs/2210.17323" in markdown(perplexity)
 
 
-def test_of_two_sources_both_are_shown(perplexity: PaperTable) -> None:
-    (cell,) = [cell for cell in perplexity.entries if (cell["model"], cell["method"]) == ("opt-1.3b", "fp16")]
-    assert cell["published"] == "14.63; 14.62"
-    assert re.fullmatch(r"14\.63ᵃ \+\d+\.\d\d; 14\.62ᵇ \+\d+\.\d\d", cell["beside"])
+def test_published_numbers_of_two_sources_are_both_shown(perplexity: PaperTable) -> None:
+    (entry,) = [entry for entry in perplexity.entries if (entry["model"], entry["method"]) == ("opt-1.3b", "fp16")]
+    assert entry["published"] == "14.63; 14.62"
+    assert re.fullmatch(r"14\.63ᵃ \+\d+\.\d\d; 14\.62ᵇ \+\d+\.\d\d", entry["beside"])
 
 
 def test_bold_is_the_same_in_every_format(perplexity: PaperTable) -> None:
-    winning = [cell for cell in perplexity.entries if cell["bold"]]
-    assert {cell["method"] for cell in winning} == {"quantease_outlier"}
-    for cell in winning:
-        assert f"**{cell['printed']}**" in markdown(perplexity)
-        assert f"\\textbf{{{escape(cell['printed'])}}}" in latex(perplexity)
+    winning = [entry for entry in perplexity.entries if entry["bold"]]
+    assert {entry["method"] for entry in winning} == {"quantease_outlier"}
+    for entry in winning:
+        assert f"**{entry['printed']}**" in markdown(perplexity)
+        assert f"\\textbf{{{escape(entry['printed'])}}}" in latex(perplexity)
 
 
-def test_latex_is_whole(perplexity: PaperTable) -> None:
+def test_latex_is_complete_and_plain(perplexity: PaperTable) -> None:
     text = latex(perplexity)
     body = text.split("\\midrule\n")[1].split("\\bottomrule")[0].splitlines()
     assert len(body) == 9
@@ -90,7 +92,7 @@ def test_latex_is_whole(perplexity: PaperTable) -> None:
     assert escape("50% of a_b & $5") == r"50\% of a\_b \& \$5"
 
 
-def test_a_model_without_a_run_has_an_empty_cell_and_shares_are_per_cent(tmp_path: Path) -> None:
+def test_a_model_without_a_run_has_an_empty_entry_and_shares_are_in_per_cent(tmp_path: Path) -> None:
     base: dict[str, Any] = {"status": "done", "parameters": 1000, "bits_per_weight": 3.0, "bits": 3}
     write_run(tmp_path, "a", model="a-1b", method="rtn", **base | {"agreement/t/top1": 0.875})
     write_run(tmp_path, "b", model="b-1b", method="gptq", **base | {"agreement/t/top1": 0.9})
@@ -100,7 +102,7 @@ def test_a_model_without_a_run_has_an_empty_cell_and_shares_are_per_cent(tmp_pat
     assert rows == [["rtn", "3", "per-channel", "3.00", "87.50", ""], ["gptq", "3", "per-channel", "3.00", "", "90.00"]]
 
 
-def test_series_of_one_cell_are_told_apart_by_their_settings(tmp_path: Path) -> None:
+def test_series_of_one_entry_are_told_apart_by_their_settings(tmp_path: Path) -> None:
     for sweeps in (10, 30):
         base = {"status": "done", "bits_per_weight": 3.0, "bits": 3, "series": f"s{sweeps}", "ppl/t": 9.0}
         folder = write_run(tmp_path, f"q{sweeps}", model="m", method="quantease", **base)

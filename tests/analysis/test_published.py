@@ -1,4 +1,4 @@
-"""The published numbers: their files against a second listing, and beside which of ours they stand."""
+"""The published numbers: their files against a second listing, and the results that each may be compared with."""
 
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def test_the_files_agree_with_a_second_listing(name: str, listing: dict[str, str
     assert found == asked
 
 
-def test_every_number_says_where_it_is_from() -> None:
+def test_every_number_names_its_source() -> None:
     for row in published_numbers():
         assert row["url"].startswith("https://")
         assert row["where"]
@@ -77,7 +77,7 @@ def numbers(row: dict[str, Any], text: str = "wikitext2") -> list[str]:
     return [number["perplexity"] for number in comparable(published_numbers(), row, text)]
 
 
-def test_a_number_stands_beside_the_same_cell_only() -> None:
+def test_a_number_is_compared_with_the_same_method_model_grid_and_protocol_only() -> None:
     assert numbers(ours()) == ["20.97"]
     assert numbers(ours(method="fp16", label="fp16", bits=None, grid="")) == ["14.63", "14.62"]
     structured = {"method": "quantease_structured", "label": "quantease_structured"}

@@ -58,7 +58,7 @@ def test_every_link_of_the_page_leads_to_a_file(study: Path) -> None:
         assert link == "data:," or (study / "report" / link).exists(), link
 
 
-def test_the_page_shows_what_is_missing_and_where_the_rest_is_from(study: Path) -> None:
+def test_the_page_shows_what_is_missing_and_where_numbers_were_made(study: Path) -> None:
     page = (study / "report" / "index.html").read_text()
     assert "made &lt;up&gt;" in page
     assert "exception: quantize: OutOfMemoryError: &lt;40 GB&gt;" in page
@@ -68,7 +68,7 @@ def test_the_page_shows_what_is_missing_and_where_the_rest_is_from(study: Path) 
     assert "0123456789" in page
 
 
-def test_a_report_is_the_same_every_time_and_holds_nothing_old(tmp_path: Path) -> None:
+def test_a_report_has_the_same_bytes_every_time_and_no_old_files(tmp_path: Path) -> None:
     for method, ppl in {"rtn": 9.0, "gptq": 8.0}.items():
         labels = {"model": "m", "method": method, "bits": 3, "status": "done", "bits_per_weight": 3.0, "ppl/t": ppl}
         write_run(tmp_path, method, None, **labels)
@@ -85,7 +85,7 @@ def test_a_report_is_the_same_every_time_and_holds_nothing_old(tmp_path: Path) -
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page in")
 @pytest.mark.parametrize("which", ["made up", "committed"])
-def test_a_browser_shows_the_page_with_all_its_figures_and_asks_nobody_else(
+def test_a_browser_shows_the_page_with_all_its_figures_and_fetches_nothing_else(
     which: str, study: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "report"
@@ -146,7 +146,7 @@ def test_two_runs_are_compared_by_folder_name_or_digest(
             main(wrong)
 
 
-def test_the_committed_report_is_the_committed_studys(tmp_path: Path) -> None:
+def test_the_committed_report_is_that_of_the_committed_study(tmp_path: Path) -> None:
     study = tmp_path / "tiny"
     shutil.copytree(TINY, study, ignore=shutil.ignore_patterns("report"))
     fresh = write_report(study)
