@@ -2,13 +2,13 @@
 
 import random
 from dataclasses import dataclass
-from hashlib import sha256
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from runners.data.datasets import Dataset
+from runners.data.token_ids import encode, ids_hash
 from runners.errors import InputError
 
 
@@ -167,22 +167,3 @@ def too_short_to_hold_out(calibration: Calibration) -> InputError:
         f"calibration={calibration.name} is too short to hold out {calibration.held_out} sequences that calibration does "
         "not see: lower calibration.held_out (0: none) or calibration.num_sequences, or take another text"
     )
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """The ids of a text as the tokenizer makes them, special tokens included, int64 (tokens,).
-
-    Raises:
-        InputError: the tokenizer cannot read the text.
-    """
-    try:
-        return torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
-        raise InputError(f"the tokenizer in {tokenizer.name_or_path} cannot read the text: {error}") from error
-
-
-def ids_hash(ids: Tensor) -> str:
-    """The SHA-256 of token ids and their shape, so that two results can be known to rest on the same tokens."""
-    return sha256(f"{tuple(ids.shape)}".encode() + ids.to(torch.int64).cpu().numpy().tobytes()).hexdigest()

@@ -5,16 +5,13 @@ the exponential of the mean negative log-likelihood of the tokens, of which a wi
 https://github.com/IST-DASLab/gptq). The name of the protocol is kept with the number, and so is the hash of the tokens.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from runners.data.calibration import encode, ids_hash
 from runners.data.datasets import Dataset
+from runners.data.token_ids import encode, ids_hash
 from runners.errors import InputError, MissingData
 from runners.identity import counts_if
 
@@ -124,19 +121,3 @@ def cut_windows(
         )
     count = min(count, text.max_windows or count)
     return Windows(ids[: count * length].reshape(count, length), protocol, len(ids))
-
-
-@torch.no_grad()
-def window_losses(model: Any, windows: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """The mean negative log-likelihood (nats) of each window, float64, batch by batch."""
-    device = next(model.parameters()).device
-    for batch in windows.split(batch_size):
-        ids = batch.to(device)
-        logits = model(ids, use_cache=False).logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        yield losses.double().reshape(len(batch), -1).mean(dim=1).cpu()
-
-
-def perplexity(losses: Tensor) -> float:
-    """exp of the mean over windows; all windows have the same number of tokens."""
-    return losses.mean().exp().item()

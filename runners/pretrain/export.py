@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from runners.data.datasets import StandardLibrary
-from runners.data.windows import Text, cut_windows, perplexity, window_losses
+from runners.data.windows import Text, cut_windows
+from runners.evaluation.likelihood import perplexity, window_losses
 from runners.storage.files import write
 
 CARD = """# The bundled model

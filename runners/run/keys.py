@@ -4,7 +4,7 @@ import platform
 from typing import Any
 
 from runners.config.settings import Settings
-from runners.data.calibration import ids_hash
+from runners.data.token_ids import ids_hash
 from runners.run.environment import device_name, versions
 from runners.run.preflight import Inputs
 from runners.storage.fingerprint import checkpoint_fingerprint, code_fingerprint

@@ -10,8 +10,8 @@ import torch
 
 from runners.config.settings import Settings
 from runners.console import progress
-from runners.data.windows import perplexity
-from runners.evaluation.likelihood import Evaluation, SharedActivations
+from runners.evaluation.blockwise import BlockwiseEvaluation, ReferenceCache
+from runners.evaluation.likelihood import perplexity
 from runners.evaluation.zero_shot import measure_tasks, whole_model
 from runners.models.blocks import BlockSource, linear_layers
 from runners.models.memory import Memory, out_of_memory
@@ -107,12 +107,12 @@ class Work:
         texts = {name: (windows.ids, windows.sha256) for name, windows in self.inputs.windows.items()}
         if not texts:
             return {}, {}
-        shared = None
+        references = None
         if self.settings.run.evaluation.agreement:
-            shared = SharedActivations(self.cache, model_key(self.settings, self.inputs))
-        options: dict[str, Any] = {"blocks": self.blocks, "shared": shared, "memory": self.memory}
+            references = ReferenceCache(self.cache, model_key(self.settings, self.inputs))
+        options: dict[str, Any] = {"blocks": self.blocks, "references": references, "memory": self.memory}
         with Meter(self.inputs.device) as meter, progress("evaluating", len(self.source.blocks) + len(texts)) as step:
-            measured = Evaluation(self.source, texts, self.inputs.batch_size, **options).run(step)
+            measured = BlockwiseEvaluation(self.source, texts, self.inputs.batch_size, **options).run(step)
         metrics: Metrics = {"evaluate/seconds": meter.seconds, "evaluate/peak_memory_gb": meter.peak_memory_gb}
         for name, windows in self.inputs.windows.items():
             metrics |= {

@@ -14,11 +14,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from runners.config.command_line import check
-from runners.data.calibration import Calibration, draw_sequences, ids_hash
+from runners.data.calibration import Calibration, draw_sequences
 from runners.data.datasets import HubDataset, StandardLibrary
 from runners.data.stdlib import SHARES, Part, documents, part_of
-from runners.data.windows import Text, cut_windows, perplexity, window_losses
+from runners.data.token_ids import ids_hash
+from runners.data.windows import Text, cut_windows
 from runners.errors import InputError
+from runners.evaluation.likelihood import perplexity, window_losses
 from tests.conftest import PROJECT, SHARED, TOKENIZER, write_rows
 from tests.families import random_ids, random_model
 

@@ -8,9 +8,9 @@ import torch
 
 from baselines.rtn import RTN
 from quantease.grid import GridSpec
-from runners.data.calibration import ids_hash
-from runners.data.windows import window_losses
-from runners.evaluation.likelihood import Evaluation, SharedActivations, compare
+from runners.data.token_ids import ids_hash
+from runners.evaluation.blockwise import BlockwiseEvaluation, ReferenceCache
+from runners.evaluation.likelihood import measure_windows, window_losses
 from runners.models.blocks import InMemoryModel
 from runners.quantization.finished_blocks import FinishedBlocks
 from runners.quantization.layerwise import Plan, Quantization
@@ -23,7 +23,8 @@ from tests.runs.test_experiment import read_csv
 
 def evaluate(model: Any, **options: Any) -> dict[str, list[float]]:
     ids = random_ids(5)
-    return Evaluation(InMemoryModel(model), {"text": (ids, ids_hash(ids))}, 2, **options).run(lambda _: None)["text"]
+    texts = {"text": (ids, ids_hash(ids))}
+    return BlockwiseEvaluation(InMemoryModel(model), texts, 2, **options).run(lambda _: None)["text"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -43,10 +44,10 @@ def test_the_distance_from_the_unquantized_model(family: str, tmp_path: Path) ->
     Quantization(InMemoryModel(model), random_ids(3), Plan(RTN(), GridSpec(2)), batch_size=3, blocks=blocks).run(
         lambda _: None
     )
-    shared = SharedActivations(Cache(tmp_path / "cache", 1.0), {})
-    first = evaluate(random_model(family), blocks=blocks, shared=shared)
-    again = evaluate(random_model(family), blocks=blocks, shared=shared)
-    assert (shared.cache.hits, shared.cache.misses) == (1, 1)
+    references = ReferenceCache(Cache(tmp_path / "cache", 1.0), {})
+    first = evaluate(random_model(family), blocks=blocks, references=references)
+    again = evaluate(random_model(family), blocks=blocks, references=references)
+    assert (references.cache.hits, references.cache.misses) == (1, 1)
     assert again == first
     p, q = (m(ids, use_cache=False).logits[:, :-1].double().log_softmax(-1) for m in (original, model))
     torch.testing.assert_close(
@@ -62,7 +63,7 @@ def test_the_distance_from_the_unquantized_model(family: str, tmp_path: Path) ->
 
 def test_a_model_does_not_differ_from_itself() -> None:
     logits, ids = torch.randn(3, 300, 11), torch.randint(11, (3, 300))
-    same = compare(logits, ids, logits.clone())
+    same = measure_windows(logits, ids, logits.clone())
     assert same["kl"].abs().max() < 1e-7
     assert same["top1"].eq(1).all()
 

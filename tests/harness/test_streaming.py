@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, OPTConfig
 
 from baselines.rtn import RTN
 from quantease.grid import GridSpec
-from runners.data.calibration import ids_hash
-from runners.evaluation.likelihood import Evaluation
+from runners.data.token_ids import ids_hash
+from runners.evaluation.blockwise import BlockwiseEvaluation
 from runners.models.blocks import InMemoryModel, decoder_blocks
 from runners.models.checkpoint import Model, load, open_checkpoint
 from runners.models.streaming import StreamedModel, open_model
@@ -91,9 +91,8 @@ def test_streamed_and_whole_models_give_the_same(family: str, tmp_path: Path) ->
         (r.block, r.layer, r.relative_error) for r in expected
     ]
     texts = {"text": (ids, ids_hash(ids))}
-    assert Evaluation(source, texts, 2, blocks=blocks).run(lambda _: None) == Evaluation(
-        InMemoryModel(whole), texts, 2
-    ).run(lambda _: None)
+    streamed = BlockwiseEvaluation(source, texts, 2, blocks=blocks).run(lambda _: None)
+    assert streamed == BlockwiseEvaluation(InMemoryModel(whole), texts, 2).run(lambda _: None)
 
 
 OTHER_NAMES = "model.decoder.layers.0.fc1.weight"

@@ -1,0 +1,209 @@
+"""Measure a model on windows of text one decoder block at a time, so that a model larger than memory can be evaluated.
+
+All windows of all texts pass a block before the next one is opened. To compare a quantized model with the unquantized one,
+the activations of the unquantized model take the same way: they pass each block before its weights are replaced, so every
+block is read once for both. What leaves the last block of the unquantized model is kept in the cache, so that only one run
+of a study has to compute it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runners.evaluation.likelihood import measure_windows
+from runners.models.activations import BlockActivations
+from runners.models.blocks import BlockSource, replace_weights
+from runners.models.memory import Memory
+from runners.quantization.finished_blocks import FinishedBlocks
+from runners.storage.cache import Cache
+
+# Bytes of float32 logits that are computed at once. A window of 2,048 tokens takes 0.4 GB with OPT's vocabulary and 2.1 GB
+# with Gemma's, so a whole batch of windows must not become logits together; at least one window always does.
+LOGITS_BYTES = 1e9
+
+
+class Mode(Enum):
+    """What is computed for one text: which models' activations pass through the blocks."""
+
+    UNQUANTIZED = auto()  # the unquantized model is measured; it is not compared with itself
+    UNQUANTIZED_CACHED = auto()  # the same, but another run has computed its final activations: nothing has to pass
+    QUANTIZED = auto()  # a quantized model is measured, and agreement is not asked for
+    REFERENCE_CACHED = auto()  # a quantized model is compared with final activations from the cache
+    REFERENCE_COMPUTED = auto()  # a quantized model is compared with the unquantized one, which passes the same blocks
+
+
+@dataclass
+class ReferenceCache:
+    """The unquantized model's activations after its last block, for each text, shared by all runs on the model.
+
+    Attributes:
+        key: everything that they depend on except the text.
+    """
+
+    cache: Cache
+    key: dict[str, Any]
+
+    def get(self, sha256: str) -> Tensor | None:
+        """Activations (windows, length, width) in host memory of the text whose token ids have this hash, if cached."""
+        tensors = self.cache.get(self._key_of(sha256), "cpu")
+        return None if tensors is None else tensors["hidden"]
+
+    def put(self, sha256: str, hidden: Tensor) -> None:
+        """Keep activations (windows, length, width) for other runs."""
+        self.cache.put(self._key_of(sha256), {"hidden": hidden})
+
+    def _key_of(self, sha256: str) -> dict[str, Any]:
+        return self.key | {"kind": "final activations", "ids": sha256}
+
+
+@dataclass
+class _TextInProgress:
+    """One text and the activations that are computed for it.
+
+    Attributes:
+        ids: token ids (windows, length).
+        sha256: their hash.
+        activations: those of the model that is measured.
+        reference: those of the unquantized model; only in mode REFERENCE_COMPUTED.
+        cached: final activations of the unquantized model (windows, length, width); only in the two modes CACHED.
+    """
+
+    ids: Tensor
+    sha256: str
+    mode: Mode
+    activations: BlockActivations
+    reference: BlockActivations | None = None
+    cached: Tensor | None = None
+
+
+class BlockwiseEvaluation:
+    """Measures all texts in one pass over the decoder blocks.
+
+    Args:
+        texts: name to token ids (windows, length) and their hash.
+        batch_size: windows that go through a block together.
+        blocks: the quantized blocks; None: measure the unquantized model.
+        references: cache of the unquantized model's final activations; None: do not measure agreement with it.
+        memory: what to make smaller when memory runs out.
+    """
+
+    def __init__(
+        self,
+        source: BlockSource,
+        texts: dict[str, tuple[Tensor, str]],
+        batch_size: int,
+        *,
+        blocks: FinishedBlocks | None = None,
+        references: ReferenceCache | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        self._source, self._blocks, self._references = source, blocks, references
+        self._memory = memory or Memory()
+        self._batch_size = batch_size
+        self._texts = {name: self._begin(*text) for name, text in texts.items()}
+
+    @torch.no_grad()
+    def run(self, on_step: Callable[[str], None]) -> dict[str, dict[str, list[float]]]:
+        """Measure every text; returns, for each, what `measure_windows` names, one value per window.
+
+        Args:
+            on_step: called with what was done, once per block and once per text.
+
+        Raises:
+            InputError: activations are not finite, or memory runs out with nothing left to make smaller.
+        """
+        count = len(self._source.blocks)
+        in_progress = [text for text in self._texts.values() if text.mode is not Mode.UNQUANTIZED_CACHED]
+        for index in range(count):
+            if in_progress:
+                self._pass_block(in_progress, index)
+            on_step(f"block {index + 1}/{count}")
+        measured = {}
+        for name, text in self._texts.items():
+            measured[name] = self._measure(text)
+            on_step(f"perplexity  {name}")
+        return measured
+
+    def _begin(self, ids: Tensor, sha256: str) -> _TextInProgress:
+        activations = self._enter(ids)
+        cached = self._references.get(sha256) if self._references else None
+        mode = self._mode(is_cached=cached is not None)
+        text = _TextInProgress(ids, sha256, mode, activations, cached=cached)
+        if mode is Mode.REFERENCE_COMPUTED:
+            text.reference = self._enter(ids)
+        elif cached is not None and mode is Mode.UNQUANTIZED_CACHED:
+            activations.hidden = list(cached.split(self._batch_size))
+        return text
+
+    def _mode(self, *, is_cached: bool) -> Mode:
+        if self._blocks is None:
+            return Mode.UNQUANTIZED_CACHED if is_cached else Mode.UNQUANTIZED
+        if self._references is None:
+            return Mode.QUANTIZED
+        return Mode.REFERENCE_CACHED if is_cached else Mode.REFERENCE_COMPUTED
+
+    def _enter(self, ids: Tensor) -> BlockActivations:
+        """A text's activations before the first block."""
+        return BlockActivations(self._source, ids, self._batch_size, memory=self._memory)
+
+    def _pass_block(self, texts: list[_TextInProgress], index: int) -> None:
+        """Send all texts through one block; the unquantized model first, because replacing the weights overwrites them."""
+        with self._source.open_block(index) as block:
+            for text in texts:
+                if text.reference:
+                    self._advance(text.reference, index)
+            if self._blocks is not None:
+                replace_weights(block, self._blocks.layers(index, str(self._source.device)))
+            for text in texts:
+                self._advance(text.activations, index)
+
+    def _advance(self, activations: BlockActivations, index: int) -> None:
+        smaller = self._memory.smaller_batches(activations.batch_size)
+        what = f"while block {index} was evaluated"
+        self._memory.retry(what, lambda: activations.advance(index), smaller, activations.to_host)
+
+    def _measure(self, text: _TextInProgress) -> dict[str, list[float]]:
+        """Measure a text whose activations have left the last block: logits and losses, a few windows at a time."""
+        reference = self._reference(text)
+        rows = self._windows_at_once(text.ids.shape[1])
+        measured: dict[str, list[float]] = {}
+        first = 0
+        for batch in text.activations.hidden:
+            for hidden in batch.split(rows):
+                here = slice(first, first := first + len(hidden))
+                logits = text.activations.logits(hidden)
+                expected = None if reference is None else text.activations.logits(reference[here])
+                for name, values in measure_windows(logits, text.ids[here].to(logits.device), expected).items():
+                    measured.setdefault(name, []).extend(values.tolist())
+        return measured
+
+    def _reference(self, text: _TextInProgress) -> Tensor | None:
+        """Final activations that a text is compared with. Those of the unquantized model are kept if they are new."""
+        match text.mode:
+            case Mode.UNQUANTIZED:
+                if self._references is not None:
+                    self._keep(text.sha256, text.activations)
+                return None
+            case Mode.REFERENCE_COMPUTED:
+                assert text.reference is not None, "the mode says so"
+                return self._keep(text.sha256, text.reference)
+            case Mode.REFERENCE_CACHED:
+                return text.cached
+            case Mode.UNQUANTIZED_CACHED | Mode.QUANTIZED:
+                return None
+
+    def _keep(self, sha256: str, unquantized: BlockActivations) -> Tensor:
+        """Final activations (windows, length, width) in host memory, put into the cache for other runs."""
+        assert self._references is not None, "the mode says so"
+        final = torch.cat([hidden.cpu() for hidden in unquantized.hidden])
+        self._references.put(sha256, final)
+        return final
+
+    def _windows_at_once(self, length: int) -> int:
+        """Windows whose logits fit into LOGITS_BYTES; at least one."""
+        vocabulary = self._source.model.config.get_text_config().vocab_size
+        return max(1, int(LOGITS_BYTES / (4 * vocabulary * length)))  # 4 bytes per float32
