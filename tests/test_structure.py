@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from runners.config.command_line import check
+from runners.results.metrics import REFERENCE, Status
 from tests.conftest import PROJECT
 
 PACKAGES = ["quantease", "baselines", "runners", "analysis"]
@@ -54,6 +55,19 @@ def test_the_analysis_reads_the_schema_of_results_and_nothing_else_of_runners() 
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("runners"):
                 for alias in node.names:
                     assert {node.module, f"{node.module}.{alias.name}"} & ANALYSIS_READS, (file, node.lineno)
+
+
+@pytest.mark.parametrize("package", ["analysis"])
+def test_keys_and_states_of_results_are_written_in_the_schema_only(package: str) -> None:
+    families = tuple(
+        f"{name}/" for name in ["ppl", "protocol", "windows", "sha256", "agreement", "zero_shot", "skipped", "warnings"]
+    )
+    stages = ("layers/", "quantize/", "evaluate/")
+    for file in (PROJECT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "notebooks" not in file.parts:
+                assert node.value not in {*Status, REFERENCE}, (file, node.lineno)
+                assert not node.value.startswith((*families, *stages)), (file, node.lineno)
 
 
 def test_the_mathematics_needs_torch_and_nothing_else() -> None:
