@@ -150,7 +150,7 @@ def _windows_of(
         found = len(sequences)
         for row in order:
             ids = encode(tokenizer, rows[row])
-            if len(ids) > length:
+            if len(ids) > length:  # longer, not as long: GPTQ's `randint(0, len - length - 1)` needs a place to choose
                 start = generator.randrange(len(ids) - length)
                 sequences.append(ids[start : start + length])
                 taken.add(row)

@@ -13,7 +13,7 @@ from runners.console import progress
 HFLM: Any = huggingface.HFLM  # whose decorator hides what it takes
 
 
-class Harness(HFLM):
+class LmEvalModel(HFLM):
     """lm-eval's wrapper of a model, with our progress bar, and batches of as many tokens, however long the prompts are.
 
     Args:

@@ -3,7 +3,8 @@
 Tasks are lm-eval's own: their prompts, choices and metrics. Each is measured in a call of its own, and without lm-eval's
 cache of logits, which gives requests that share tokens, but are cut at different places, the likelihoods of each other
 (0.4.13); so a number does not depend on what else is measured. Log-probabilities are taken in float32 whatever
-the model's format. The hash of all prompts stands beside the numbers: only those of the same prompts may be compared.
+the model's format, because the accuracies of near ties would depend on its rounding. The hash of all prompts is stored with
+the numbers: only those of the same prompts may be compared.
 """
 
 import json
@@ -21,6 +22,7 @@ from runners.evaluation.tasks import ReadyTask, silence
 from runners.models.blocks import InMemoryModel, replace_weights
 from runners.models.checkpoint import Checkpoint, Model, load
 from runners.quantization.finished_blocks import FinishedBlocks
+from runners.results.metrics import skipped, zero_shot
 
 RESAMPLES = 1000  # of the bootstrap, for the standard errors that have no closed form: perplexities
 
@@ -48,25 +50,25 @@ def measure_tasks(
         return {}
     from lm_eval import evaluate
 
-    from runners.evaluation.lm_eval_model import Harness
+    from runners.evaluation.lm_eval_model import LmEvalModel
 
     terminal = sys.stdout
     with silence():
-        lm = Harness(model, tokenizer, length, batch_size, terminal)
+        lm = LmEvalModel(model, tokenizer, length, batch_size, terminal)
     metrics: dict[str, Any] = {}
     for task in tasks:
         lm.title = f"zero-shot  {task.name}"
         with silence():
             results: Any = evaluate(lm, task.loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)
         if broken := _not_finite(task):
-            metrics[f"skipped/{task.name}"] = f"{broken} of the likelihoods that the model gives are NaN or infinite"
+            metrics[skipped(task.name)] = f"{broken} of the likelihoods that the model gives are NaN or infinite"
             continue
         for name, values in results["results"].items():
             metrics |= _numbers(name, values)
         for name, one in task.loaded["tasks"].items():
-            metrics[f"zero_shot/{name}/samples"] = results["n-samples"][name]["effective"]
-            metrics[f"zero_shot/{name}/version"] = _version(one, results["versions"].get(name))
-            metrics[f"zero_shot/{name}/sha256"] = prompts_hash(one)
+            metrics[zero_shot(name, "samples")] = results["n-samples"][name]["effective"]
+            metrics[zero_shot(name, "version")] = _version(one, results["versions"].get(name))
+            metrics[zero_shot(name, "sha256")] = prompts_hash(one)
     return metrics
 
 
@@ -99,12 +101,12 @@ def _numbers(task: str, values: dict[str, Any]) -> dict[str, Any]:
         if comma and isinstance(value, int | float | np.number):
             error = "_stderr" * metric.endswith("_stderr")
             name = metric.removesuffix("_stderr") + f"_{chosen}" * (chosen != "none") + error
-            numbers[f"zero_shot/{task}/{name}"] = float(value)
+            numbers[zero_shot(task, name)] = float(value)
     return numbers
 
 
 def _not_finite(task: ReadyTask) -> int:
-    """How many answers are no numbers: with such, the harness takes the first choice and calls it an accuracy."""
+    """How many log-likelihoods are NaN or infinite. lm-eval would take the first choice and report an accuracy."""
     requests = (request for one in task.loaded["tasks"].values() for request in one.instances)
     answers = (answer[0] if isinstance(answer, tuple) else answer for request in requests for answer in request.resps)
     return sum(isinstance(answer, float) and not math.isfinite(answer) for answer in answers)
