@@ -9,55 +9,52 @@ python -m analysis compare RUN RUN                 the ratio of two runs' perple
 STUDY is a folder, or its name in results/; RUN is a run's folder, or its name or digest if that is the only one in results/.
 """
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 from analysis.collect import collect
 from analysis.intervals import compare_runs
 from analysis.report import write_report
 from analysis.tables.comparison import comparison, markdown
+from runners.arguments import start
 from runners.results.metrics import Status, status_counts
 
 RESULTS = Path("results")
+Study = Annotated[str, "a study's folder, or its name in results/"]
+Conditions = Annotated[str, "only the runs whose column NAME has the value, and the unquantized ones"]
+Run = Annotated[str, "a run's folder, or its name or digest if only one run in results/ has it"]
 
 
-def main(arguments: list[str]) -> None:
-    """Do what the command line asks; what is wrong with it ends the program with a sentence."""
-    try:
-        if {"-h", "--help"} & set(arguments):
-            print(__doc__)
-        elif arguments[:1] == ["compare"]:
-            _compare(arguments[1:])
-        else:
-            _study(arguments)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+def main(words: Sequence[str] | None = None) -> None:
+    """Do what the command line asks; what is wrong with it, or with the results, ends the program with a sentence."""
+    start(table, report, compare, words=words, wrong=(OSError, ValueError))
 
 
-def _study(arguments: list[str]) -> None:
-    """Print the table of one study, write its report, or both."""
-    only_report = arguments[:1] == ["report"]
-    words = arguments[only_report:]
-    conditions = {name: value for name, _, value in (word.partition("=") for word in words if "=" in word)}
-    studies = [word for word in words if "=" not in word] or ["tiny"]
-    if len(studies) > 1:
-        raise ValueError(f"one study at a time, not {', '.join(studies)}")
-    folder = Path(studies[0]) if Path(studies[0]).is_dir() else RESULTS / studies[0]
-    if not only_report:
-        frame = collect(folder, conditions)
-        print(markdown(comparison(frame)))
-        if set(frame["status"]) != {Status.DONE}:
-            print(f"\nOf {len(frame)} runs: {status_counts(frame['status'])}. The table shows those that are done.")
-    if only_report or not conditions:
-        print(f"\nAll tables and figures: {write_report(folder, conditions) / 'index.html'}")
+def table(study: Study = "tiny", /, **conditions: Conditions) -> None:
+    """Print the table of a study. Without conditions, also regenerate its report: all tables and figures."""
+    frame = collect(_folder(study), conditions)
+    print(markdown(comparison(frame)))
+    if set(frame["status"]) != {Status.DONE}:
+        print(f"\nOf {len(frame)} runs: {status_counts(frame['status'])}. The table shows those that are done.")
+    if not conditions:
+        report(study)
 
 
-def _compare(words: list[str]) -> None:
-    if len(words) != 2:
-        raise ValueError("compare takes two runs: python -m analysis compare RUN RUN")
-    first, second = map(_run, words)
-    for text, ratio in compare_runs(first, second).items():
-        print(f"{text}: perplexity of {first.name} over that of {second.name} = {ratio} (95 % over the windows)")
+def report(study: Study = "tiny", /, **conditions: Conditions) -> None:
+    """Regenerate the tables and figures in a study's report/."""
+    print(f"\nAll tables and figures: {write_report(_folder(study), conditions) / 'index.html'}")
+
+
+def compare(first: Run, second: Run, /) -> None:
+    """Print the ratio of two runs' perplexities on each text, with its paired bootstrap interval over the windows."""
+    one, other = _run(first), _run(second)
+    for text, ratio in compare_runs(one, other).items():
+        print(f"{text}: perplexity of {one.name} over that of {other.name} = {ratio} (95 % over the windows)")
+
+
+def _folder(study: str) -> Path:
+    return Path(study) if Path(study).is_dir() else RESULTS / study
 
 
 def _run(word: str) -> Path:
@@ -72,4 +69,4 @@ def _run(word: str) -> Path:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,62 +1,96 @@
-"""`python -m runners.reports study=tiny entity=NAME [project=quantease-bench] [results=results]`: a study on W&B's pages.
+"""`python -m runners.reports study=tiny entity=NAME`: pages on W&B for a study.
 
 Saves a workspace, the page on which the runs of a study are compared, and a report to write the findings into. Both show
-what `runners.tracking` has logged, for the texts that the study in `results/` has. Needs the extra `reports`.
+what `runners.tracking` has logged, for the texts and tasks that the runs in `results/` were measured on. Needs the extra
+`reports`.
 """
 
 import json
-import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import wandb
 
-from runners.arguments import named_values
+from runners.arguments import start
 from runners.console import console
 from runners.errors import InputError
-from runners.results.run_folder import METRICS
+from runners.results import metrics
 from runners.tracking import content
 from runners.tracking.weights_and_biases import logged_in
 
-DEFAULTS = {"study": "tiny", "entity": "", "project": "quantease-bench", "results": "results"}
-MAX_RUNS = 100  # in a panel
-COLUMNS = ("bits_per_weight", "layers/mean_relative_error", "quantize/seconds", content.CHECKPOINT, "status", "error")
+MAX_RUNS = 100  # per panel; W&B's own default of 10 would hide most cells of a study
+COLUMNS = (
+    metrics.BITS_PER_WEIGHT,
+    metrics.RELATIVE_ERROR,
+    metrics.QUANTIZE_SECONDS,
+    metrics.CHECKPOINT_SHA256,
+    "status",
+    "error",
+)
+
+
+def main(
+    entity: Annotated[str, "the user or team of W&B that owns the project"],
+    study: Annotated[str, "name of the study"] = "tiny",
+    project: Annotated[str, "project of W&B"] = "quantease-bench",
+    results: Annotated[Path, "folder of all studies"] = Path("results"),
+) -> None:
+    """Save two pages for a study on W&B, a workspace and the template of a report, and print their addresses."""
+    if find_spec("wandb_workspaces") is None:
+        raise InputError('reports need a package that is not installed: pip install "quantease-bench[reports]"')
+    names = metric_names(results / study)
+    if not logged_in():
+        raise InputError("W&B does not know who you are: run wandb login, or set WANDB_API_KEY")
+    try:
+        for page in (workspace(study, entity, project, names), report(study, entity, project, names)):
+            console.print(page.save().url, highlight=False, soft_wrap=True)
+    except (ValueError, wandb.Error) as error:  # no such project, no right to write to it, no answer
+        raise InputError(f"W&B has not saved the pages of study {study}: {error}") from error
 
 
 def metric_names(study: Path) -> list[str]:
-    """The names of all that the runs of a study have measured.
+    """The keys of everything that at least one run of a study has measured, sorted.
 
     Raises:
         InputError: there are no runs.
     """
-    names = {name for file in study.glob(f"*/*/{METRICS}") for name in json.loads(file.read_text(encoding="utf-8"))}
+    files = study.glob(f"*/*/{metrics.METRICS}")
+    names = {name for file in files for name in json.loads(file.read_text(encoding="utf-8"))}
     if not names:
-        raise InputError(f"{study} has no runs: set study=NAME, and results=FOLDER if it lies elsewhere")
+        raise InputError(f"{study} has no runs: set study=NAME, and results=PATH if it is elsewhere")
     return sorted(names)
 
 
 def sections(names: list[str]) -> dict[str, list[Any]]:
-    """The panels, by the heading they stand under. `names`: what the runs have measured."""
-    perplexities = [name for name in names if name.startswith("ppl/")]
+    """The panels that both pages show, by their heading.
+
+    Args:
+        names: the keys of what the runs have measured; a heading without any is left out.
+    """
+    perplexities = _perplexities(names)
     agreement = [name for name in names if name.startswith("agreement/") and name.endswith("/kl")]
     accuracies = [
         name for name in names if name.startswith("zero_shot/") and name.split("/")[-1] in ("acc", "acc_norm")
     ]
-    costs = [name for name in ("quantize/seconds", "quantize/peak_memory_gb", "evaluate/seconds") if name in names]
+    costs = [metrics.QUANTIZE_SECONDS, metrics.QUANTIZE_MEMORY, metrics.EVALUATE_SECONDS]
     warnings = [name for name in names if name.startswith("warnings/")]
     panels = {
         "Perplexity": [_bars(name) for name in perplexities + agreement + accuracies],
         "Size against perplexity": [_against_size(name) for name in perplexities],
         "Layer error": _layer_error(names),
-        "Time and memory": [_bars(name) for name in costs],
+        "Time and memory": [_bars(name) for name in costs if name in names],
         "Warnings": [_bars(name) for name in warnings],
     }
     return {heading: shown for heading, shown in panels.items() if shown}
 
 
+def _perplexities(names: list[str]) -> list[str]:
+    return [metrics.ppl(text) for text in metrics.names(names, "ppl")]
+
+
 def _bars(name: str) -> Any:
-    """A bar for each setting: the mean over its runs, which differ in their seeds, and their standard deviation."""
+    """One bar per setting: the mean of its runs, which differ only in their seeds, with their standard deviation."""
     import wandb_workspaces.reports.v2 as wr
 
     return wr.BarPlot(
@@ -71,16 +105,18 @@ def _bars(name: str) -> Any:
 
 
 def _against_size(name: str) -> Any:
+    """One point per run: bits per weight on x, the metric on a logarithmic y."""
     import wandb_workspaces.reports.v2 as wr
 
-    x, y = wr.SummaryMetric("bits_per_weight"), wr.SummaryMetric(name)
+    x, y = wr.SummaryMetric(metrics.BITS_PER_WEIGHT), wr.SummaryMetric(name)
     return wr.ScatterPlot(title=f"{name} against bits per weight", x=x, y=y, log_y=True)
 
 
 def _layer_error(names: list[str]) -> list[Any]:
+    """Relative errors by layer, by decoder block and by sweep, and the figures that the runs have logged."""
     import wandb_workspaces.reports.v2 as wr
 
-    curves = ["relative_error", "held_out_error"] if "layers/mean_held_out_error" in names else ["relative_error"]
+    curves = ["relative_error", "held_out_error"] if metrics.HELD_OUT_ERROR in names else ["relative_error"]
     by_layer = [
         wr.LinePlot(
             title=curve, x=content.LAYER_INDEX, y=[content.LAYER + curve], log_y=True, max_runs_to_show=MAX_RUNS
@@ -94,11 +130,15 @@ def _layer_error(names: list[str]) -> list[Any]:
 
 
 def workspace(study: str, entity: str, project: str, names: list[str]) -> Any:
-    """The page on which the runs of a study are compared."""
+    """The page on which the runs of a study are compared, not saved yet.
+
+    Args:
+        names: the keys of what the runs have measured.
+    """
     import wandb_workspaces.workspaces as ws
     from wandb_workspaces import expr
 
-    perplexities = [name for name in names if name.startswith("ppl/")]
+    columns = ["run:displayName", "run:state", *(f"summary:{name}" for name in [*_perplexities(names), *COLUMNS])]
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -108,17 +148,21 @@ def workspace(study: str, entity: str, project: str, names: list[str]) -> Any:
         runset_settings=ws.RunsetSettings(
             filters=expr.And(expr.Metric("Group") == study),
             order=[expr.Ordering(expr.Metric("Name"), ascending=True)],
-            pinned_columns=["run:displayName", "run:state", *(f"summary:{name}" for name in [*perplexities, *COLUMNS])],
+            pinned_columns=columns,
         ),
     )
 
 
 def report(study: str, entity: str, project: str, names: list[str]) -> Any:
-    """The template of a report: what the study has measured, with room for what it says, and what has failed."""
+    """The template of a report, not saved yet: what was measured, with room for the findings, and what has failed.
+
+    Args:
+        names: the keys of what the runs have measured.
+    """
     import wandb_workspaces.reports.v2 as wr
     from wandb_workspaces.reports.v2.interface import Report, Runset
 
-    columns = [f"summary:{name}" for name in names if name.startswith("ppl/")] + [f"summary:{name}" for name in COLUMNS]
+    columns = [f"summary:{name}" for name in [*_perplexities(names), *COLUMNS]]
     everything = f"Metric('Group') = '{study}'"
     blocks: list[Any] = [
         wr.P("Question: what was compared, and why. Replace this paragraph, and those under the headings."),
@@ -129,7 +173,7 @@ def report(study: str, entity: str, project: str, names: list[str]) -> Any:
         blocks += [wr.H2(heading), wr.P("Finding:"), wr.PanelGrid(runsets=[runs], panels=panels)]
     failed = f"{everything} and Metric('State') != 'finished'"
     runs = Runset(entity, project, name="failed", filters=failed, visible_columns=["summary:stage", "summary:error"])
-    blocks += [wr.H2("Failures"), wr.P("Every run that did not end well, with its stage and error.")]
+    blocks += [wr.H2("Failures"), wr.P("Every run that has failed, with its stage and error.")]
     blocks += [wr.PanelGrid(runsets=[runs]), wr.H2("How it was made"), wr.P(_how(study))]
     return Report(project, entity, title=f"Study {study}", blocks=blocks, width="fluid")
 
@@ -141,26 +185,5 @@ def _how(study: str) -> str:
     )
 
 
-def main(arguments: list[str]) -> None:
-    """Save both, and say where they are."""
-    options = named_values(arguments, DEFAULTS)
-    if find_spec("wandb_workspaces") is None:
-        raise InputError('reports need a package that is not installed: pip install "quantease-bench[reports]"')
-    if not options["entity"]:
-        raise InputError("entity is missing: entity=NAME, the user or team of W&B that owns the project")
-    names = metric_names(Path(options["results"]) / options["study"])
-    if not logged_in():
-        raise InputError("W&B does not know who you are: run wandb login, or set WANDB_API_KEY")
-    where = (options["study"], options["entity"], options["project"])
-    try:
-        for page in (workspace(*where, names), report(*where, names)):
-            console.print(page.save().url, highlight=False, soft_wrap=True)
-    except (ValueError, wandb.Error) as error:  # no such project, no right to write to it, no answer
-        raise InputError(f"W&B has not saved the pages of study {options['study']}: {error}") from error
-
-
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
+    start(main)

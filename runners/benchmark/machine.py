@@ -1,40 +1,42 @@
-"""The machine's measured rates, and the least time that they leave a sweep."""
+"""What the machine was measured to do, and the least time that a sweep can take at these rates."""
 
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from quantease.matmul import product
 from runners.timing import clock
 
-MOMENT = 0.05  # seconds
+SAMPLE_SECONDS = 0.05  # of one measurement: far above what the clock and a kernel launch are uncertain by
 
 
-def seconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """The median time of `run`, of as many calls in a row as take a moment, after calls that are not counted."""
-    calls = max(1, round(MOMENT / _time(run, device, 1)))
-    _time(run, device, calls)
-    return statistics.median(_time(run, device, calls) for _ in range(repeats)) / calls
+def seconds(function: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """Seconds per call: the median of `repeats` measurements, each of as many calls as fill SAMPLE_SECONDS.
+
+    The calls before the first measurement are not counted: they compile kernels, allocate memory and raise the clock.
+    """
+    calls = max(1, round(SAMPLE_SECONDS / _time(function, device, 1)))
+    _time(function, device, calls)
+    return statistics.median(_time(function, device, calls) for _ in range(repeats)) / calls
 
 
-def _time(run: Callable[[], object], device: torch.device, calls: int) -> float:
+def _time(function: Callable[[], object], device: torch.device, calls: int) -> float:
     start = clock(device)
     for _ in range(calls):
-        run()
+        function()
     return clock(device) - start
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine was measured to do.
+    """The rates of a machine.
 
     Attributes:
         float32: FLOP/s of a float32 matrix product.
-        bfloat16: FLOP/s of a bfloat16 matrix product with float32 sums; None where there are no tensor cores.
-        bandwidth: bytes/s of a copy, read and written.
+        bfloat16: FLOP/s of a bfloat16 matrix product with float32 sums; None on a CPU, which sweeps in float32 alone.
+        bandwidth: bytes/s of a copy, read and write counted.
     """
 
     float32: float
@@ -43,6 +45,7 @@ class Rates:
 
     @classmethod
     def measure(cls, device: torch.device) -> "Rates":
+        """Measure a device, with matrices and a copy that are too large for its caches; seconds of work."""
         size = 8192 if device.type == "cuda" else 1536
         a = torch.randn(size, size, device=device)
         flop = 2 * size**3
@@ -55,24 +58,13 @@ class Rates:
         return cls(float32, bfloat16, bandwidth)
 
     def floor(self, out_features: int, in_features: int, splits: bool) -> float:
-        """Seconds that no sweep can do without: D H at the rate of its products, or everything read and written once.
+        """The least seconds of a sweep: the product D H, or reading and writing everything once, whichever takes longer.
 
         Args:
-            splits: the product is made as three of bfloat16 halves.
+            splits: the product is computed as three products of bfloat16.
         """
         rate = self.bfloat16 / 3 if splits and self.bfloat16 else self.float32
-        moved = 4 * (in_features**2 + 4 * in_features * out_features)  # H; W_hat and D, read and written
+        moved = 4 * (
+            in_features**2 + 4 * in_features * out_features
+        )  # bytes: H is read; W_hat and D are read and written
         return max(2 * out_features * in_features**2 / rate, moved / self.bandwidth)
-
-
-def layer(out_features: int, in_features: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A weight (out, in) and the Hessian of correlated inputs of very unequal size."""
-    g = torch.Generator(device=device).manual_seed(0)
-    rank = max(32, in_features // 4)
-    mixing = torch.randn(rank, in_features, generator=g, device=device) / rank**0.5
-    sizes = torch.logspace(0, -1.5, in_features, device=device)
-    tokens = 2 * in_features
-    x = torch.randn(tokens, rank, generator=g, device=device) @ mixing
-    x += 0.5 + 0.3 * torch.randn(tokens, in_features, generator=g, device=device)
-    x *= sizes[torch.randperm(in_features, generator=g, device=device)]
-    return 0.02 * torch.randn(out_features, in_features, generator=g, device=device), x.T @ x / tokens

@@ -1,9 +1,9 @@
-"""Whole models of OPT, from their shape, with random weights: where the time goes.
+"""Whole models with the shapes of OPT and random weights: where the time of a quantization goes.
 
-Neither the quality of the weights nor that of the text matters to the time, so nothing has to be downloaded.
+The time does not depend on what weights and tokens mean, so nothing has to be downloaded.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,25 +18,26 @@ from runners.models.blocks import InMemoryModel
 from runners.quantization.layerwise import Plan, Quantization
 from runners.timing import Meter, Phases
 
-DEPTHS = {"125m": 12, "1.3b": 24, "2.7b": 32, "6.7b": 32, "13b": 40, "30b": 48, "66b": 64}
-HEADS = {"125m": 12, "1.3b": 32, "2.7b": 32, "6.7b": 32, "13b": 40, "30b": 56, "66b": 72}
+Size = Literal["125m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b"]  # not 350m, which alone has another architecture
+DEPTHS: dict[Size, int] = {"125m": 12, "1.3b": 24, "2.7b": 32, "6.7b": 32, "13b": 40, "30b": 48, "66b": 64}
+HEADS: dict[Size, int] = {"125m": 12, "1.3b": 32, "2.7b": 32, "6.7b": 32, "13b": 40, "30b": 56, "66b": 72}
 METHODS: dict[str, LayerSolver] = {"gptq": GPTQ(), "quantease": QuantEase()}
-BATCH_TOKENS = 16_384
+BATCH_TOKENS = 16_384  # per forward pass: enough to fill a GPU
 
 
-def random_opt(name: str, device: torch.device) -> nn.Module:
-    """OPT in float16, as it is published, with random weights."""
-    width = WIDTHS[name]
+def random_opt(size: Size, device: torch.device) -> nn.Module:
+    """OPT with random weights: in float16 on a GPU, as it is published; in float32 on a CPU, where half is slow."""
+    width = WIDTHS[size]
     config = OPTConfig(
         hidden_size=width,
         word_embed_proj_dim=width,
         ffn_dim=4 * width,
-        num_hidden_layers=DEPTHS[name],
-        num_attention_heads=HEADS[name],
+        num_hidden_layers=DEPTHS[size],
+        num_attention_heads=HEADS[size],
         max_position_embeddings=2048,
     )
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    with torch.device("meta"):
+    with torch.device("meta"):  # the weights are drawn below, on the device
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     torch.manual_seed(0)
@@ -49,13 +50,13 @@ def random_opt(name: str, device: torch.device) -> nn.Module:
     return model
 
 
-def measure(name: str, method: str, sequences: int, length: int, device: torch.device) -> dict[str, Any]:
-    """One row of `models.csv`: seconds of each phase, and the peak memory."""
+def measure_model(size: Size, method: str, sequences: int, length: int, device: torch.device) -> dict[str, Any]:
+    """One row of `models.csv`: the seconds of each phase, of all of them, and the peak memory in GB (10^9 bytes)."""
     phases = Phases(device)
     ids = torch.randint(4, 50_000, (sequences, length), generator=torch.Generator().manual_seed(0))
     with Meter(device) as meter:
         with phases.of("load"):
-            model = random_opt(name, device)
+            model = random_opt(size, device)
         plan = Plan(METHODS[method], GridSpec(3))
         batch_size = max(1, BATCH_TOKENS // length)
         quantization = Quantization(InMemoryModel(model), ids, plan, batch_size=batch_size, phases=phases)
@@ -63,7 +64,7 @@ def measure(name: str, method: str, sequences: int, length: int, device: torch.d
     parts = {f"{phase}_seconds": value for phase, value in phases.seconds.items()}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
-        "model": f"opt-{name}",
+        "model": f"opt-{size}",
         "parameters": parameters,
         "method": method,
         "sequences": sequences,

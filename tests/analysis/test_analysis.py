@@ -123,14 +123,16 @@ def test_a_table_may_show_some_runs_only(tmp_path: Path, capsys: pytest.CaptureF
         "bits=5": "no run has bits=5: there are 3, 4, null",
         "bit=3": "the runs have no bit: they",
     }.items():
-        with pytest.raises(SystemExit, match=sentence):
+        with pytest.raises(SystemExit):
             main([str(tmp_path), wrong])
+        assert sentence in capsys.readouterr().err
 
 
 def test_runs_that_are_not_done_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(tmp_path, "a", **FAILED)
-    with pytest.raises(SystemExit, match="no run is done: there are 1 failed"):
+    with pytest.raises(SystemExit):
         main([str(tmp_path)])
+    assert "no run is done: there are 1 failed" in capsys.readouterr().err
     put(tmp_path, "b", **run("rtn", 3))
     main([str(tmp_path)])
     assert "Of 2 runs: 1 failed, 1 done" in capsys.readouterr().out.replace("1 done, 1 failed", "1 failed, 1 done")

@@ -1,6 +1,7 @@
 """What is to run and how far it has come: dry runs, the list of a study's cells, and `python -m runners.status`."""
 
 import json
+import re
 import sys
 import threading
 import time
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 
 from runners import cli, status
+from runners.arguments import start
 from runners.config.command_line import check
+from runners.errors import WRONG_INPUT
 from runners.results.progress import Progress
 from runners.results.run_folder import METRICS, RunFolder
 from runners.sweeps.cells import CELLS, register, registered, state
@@ -130,7 +133,7 @@ def study(tmp_path: Path) -> Path:
 
 def test_the_status_of_a_study(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunFolder(study / "toy/rtn-4b-0").claim(wait=False):
-        status.main([f"results={study.parent}", "study=night"])
+        start(status.main, words=[f"results={study.parent}", "study=night"])
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert any(line.startswith("toy rtn 4 running quantize; process ") for line in lines)
     assert "toy rtn 3 failed killed by SIGKILL" in lines
@@ -154,7 +157,7 @@ def test_time_left() -> None:
 
 def test_a_study_without_a_list_shows_what_has_run(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (study / CELLS).unlink()
-    status.main([f"results={study.parent}", "study=night"])
+    start(status.main, words=[f"results={study.parent}", "study=night"])
     assert "2 done, 2 interrupted, 1 failed; " in capsys.readouterr().out
 
 
@@ -162,22 +165,25 @@ def test_a_study_without_a_list_shows_what_has_run(study: Path, capsys: pytest.C
     ("arguments", "sentence"),
     [
         (["study=nigt"], "there is no study {results}/nigt: did you mean night? There are night"),
-        (["night"], "night is not understood: python -m runners.status study=NAME [results=FOLDER]"),
-        (["studi=night"], "studi=night is not understood"),
+        (["night"], "night is not understood: usage: python -m runners.status"),
+        (["studi=night"], "studi is not a setting: did you mean study? There are study, results"),
     ],
 )
-def test_mistakes_get_a_sentence(study: Path, arguments: list[str], sentence: str) -> None:
+def test_mistakes_get_a_sentence(
+    study: Path, arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as leaving:
-        status.main([f"results={study.parent}", *arguments])
-    assert str(leaving.value).startswith("error: " + sentence.format(results=study.parent))
+        start(status.main, words=[f"results={study.parent}", *arguments])
+    assert leaving.value.code == WRONG_INPUT
+    assert capsys.readouterr().err.startswith("error: " + sentence.format(results=study.parent))
 
 
-def test_a_damaged_list_gets_a_sentence(study: Path) -> None:
+def test_a_damaged_list_gets_a_sentence(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (study / CELLS).write_text("[")
-    with pytest.raises(
-        SystemExit, match=r"error: .*cells.json cannot be read .*: delete it, and start the sweep again"
-    ):
-        status.main([f"results={study.parent}", "study=night"])
+    with pytest.raises(SystemExit):
+        start(status.main, words=[f"results={study.parent}", "study=night"])
+    sentence = r"error: .*cells.json cannot be read .*: delete it, and start the sweep again"
+    assert re.match(sentence, capsys.readouterr().err)
 
 
 def test_a_sweep_leaves_failed_cells_alone_and_says_so(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from runners import reports
+from runners.arguments import invoke
 from runners.errors import InputError
 from runners.reports import main, metric_names, report, workspace
 from runners.run.experiment import run_cell
@@ -102,7 +103,7 @@ def test_both_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(pages.Report, "save", save)
     monkeypatch.setattr(reports, "logged_in", lambda: True)
     make_study(tmp_path)
-    main(["study=mine", "entity=me", f"results={tmp_path}"])
+    invoke(["study=mine", "entity=me", f"results={tmp_path}"], main)
     assert capsys.readouterr().out == "https://wandb.example/1\nhttps://wandb.example/2\n"
     assert [page.project for page in saved] == ["quantease-bench"] * 2
 
@@ -123,18 +124,18 @@ def test_a_project_that_is_not_there_is_a_sentence(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(reports, "logged_in", lambda: True)
     make_study(tmp_path)
     with pytest.raises(InputError, match="W&B has not saved the pages of study mine: no such project"):
-        main(["study=mine", "entity=me", f"results={tmp_path}"])
+        invoke(["study=mine", "entity=me", f"results={tmp_path}"], main)
 
 
 def test_mistakes_are_answered_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="entity is missing"):
-        main([f"results={tmp_path}"])
+    with pytest.raises(InputError, match=r"missing: entity; see python -m runners\.reports --help"):
+        invoke([f"results={tmp_path}"], main)
     with pytest.raises(InputError, match="has no runs: set study=NAME"):
-        main(["entity=me", f"results={tmp_path}"])
+        invoke(["entity=me", f"results={tmp_path}"], main)
     make_study(tmp_path)
     monkeypatch.setattr(reports, "logged_in", lambda: False)
     with pytest.raises(InputError, match="run wandb login"):
-        main(["entity=me", "study=mine", f"results={tmp_path}"])
+        invoke(["entity=me", "study=mine", f"results={tmp_path}"], main)
     monkeypatch.setattr(reports, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r'pip install "quantease-bench\[reports\]"'):
-        main(["entity=me"])
+        invoke(["entity=me"], main)

@@ -8,6 +8,7 @@ import pytest
 import wandb
 
 from runners import sync
+from runners.arguments import invoke
 from runners.errors import InputError
 from runners.run.experiment import run_cell
 from runners.tracking import weights_and_biases
@@ -59,19 +60,19 @@ def test_only_ended_runs_are_sent_and_only_their_latest(study: Path) -> None:
     make_run(study, "000003", "gptq-3b-bbbbbbbbbb", ended=False)
     sent = make_run(study, "000004", "awq-3b-cccccccccc")
     (sent / "run.wandb.synced").touch()
-    plan = sync.plan(study)
-    assert plan.send == [again]
-    assert plan.left_out == {"made again later": 1, "not ended yet": 1, "sent before": 1}
+    folders, left_out = sync.pending(study)
+    assert folders == [again]
+    assert left_out == {"made again later": 1, "not ended yet": 1, "sent before": 1}
 
 
 def test_runs_are_sent_once(study: Path, log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, name in enumerate(("rtn-3b-aaaaaaaaaa", "gptq-3b-bbbbbbbbbb")):
         make_run(study, f"00000{number}", name)
-    sync.main(arguments(study))
+    invoke(arguments(study), sync.main)
     assert log.read_text() == f"sync 2 {study / 'wandb' / 'data'}"
     assert "2 of 2 runs sent" in capsys.readouterr().out
     log.unlink()
-    sync.main(arguments(study))
+    invoke(arguments(study), sync.main)
     assert not log.exists()
     assert "0 of 0 runs sent, 2 sent before" in capsys.readouterr().out
 
@@ -79,8 +80,8 @@ def test_runs_are_sent_once(study: Path, log: Path, capsys: pytest.CaptureFixtur
 def test_what_was_not_sent_is_named(study: Path, log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(study, "000001", "rtn-3b-aaaaaaaaaa")
     refused = make_run(study, "000002", "refused-3b-bbbbbbbbbb")
-    with pytest.raises(InputError, match="1 runs were not sent; the same command again tries only those"):
-        sync.main(arguments(study))
+    with pytest.raises(SystemExit, match="error: 1 runs were not sent; the same command again tries only those"):
+        invoke(arguments(study), sync.main)
     shown = capsys.readouterr().out
     assert f"not sent: {refused}" in shown
     assert "1 of 2 runs sent" in shown
@@ -88,7 +89,7 @@ def test_what_was_not_sent_is_named(study: Path, log: Path, capsys: pytest.Captu
 
 def test_a_dry_run_sends_nothing(study: Path, log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run(study, "000001", "rtn-3b-aaaaaaaaaa")
-    sync.main(arguments(study, "dry_run=true"))
+    invoke(arguments(study, "dry_run=true"), sync.main)
     assert capsys.readouterr().out == f"{folder}\n1 runs would be sent\n"
     assert not log.exists()
 
@@ -98,31 +99,31 @@ def test_without_credentials_nothing_is_tried(study: Path, log: Path, monkeypatc
     monkeypatch.setattr(sync, "logged_in", weights_and_biases.logged_in)
     monkeypatch.setattr(wandb, "login", lambda **_: False)
     with pytest.raises(InputError, match="run wandb login, or set WANDB_API_KEY"):
-        sync.main(arguments(study))
+        invoke(arguments(study), sync.main)
     monkeypatch.setenv("WANDB_MODE", "offline")
     with pytest.raises(InputError, match="WANDB_MODE=offline keeps W&B from sending anything"):
-        sync.main(arguments(study))
+        invoke(arguments(study), sync.main)
     assert not log.exists()
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["stdy=x"], "stdy is not a setting: there are study, results, dry_run"),
-        (["dry_run=yes"], "dry_run must be true or false, not 'yes'"),
+        (["stdy=x"], "stdy is not a setting: did you mean study\\? There are study, results, dry_run"),
+        (["dry_run=yes"], "dry_run: must be true or false, not 'yes'"),
         (["study=other"], "other is not the folder of a study"),
     ],
 )
 def test_mistakes_are_answered_in_a_sentence(study: Path, more: list[str], message: str) -> None:
     study.mkdir(parents=True)
     with pytest.raises(InputError, match=message):
-        sync.main(arguments(study, *more))
+        invoke(arguments(study, *more), sync.main)
 
 
 def test_a_study_without_offline_runs_is_not_one_to_send(study: Path) -> None:
     study.mkdir(parents=True)
     with pytest.raises(InputError, match="has no offline runs"):
-        sync.plan(study)
+        sync.pending(study)
 
 
 def test_a_real_run_is_found_and_wandbs_own_command_takes_it(
@@ -131,8 +132,8 @@ def test_a_real_run_is_found_and_wandbs_own_command_takes_it(
     monkeypatch.setenv("WANDB_MODE", "offline")
     settings = toy_settings("method=rtn", "tracker=wandb", "study=real")
     run_cell(settings)
-    (folder,) = sync.plan(settings.study_folder).send
+    (folder,), _ = sync.pending(settings.study_folder)
     assert settings.run_name in folder.name
-    command = [*sync.WANDB, "sync", "-n", str(sync.AT_ONCE), "--dry-run", str(folder)]
+    command = [*sync.WANDB, "sync", "-n", str(sync.PARALLEL_UPLOADS), "--dry-run", str(folder)]
     said = subprocess.run(command, capture_output=True, check=True, cwd=settings.study_folder, timeout=300)
     assert "Would sync 1 run(s)" in said.stderr.decode()
