@@ -5,6 +5,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,10 @@ def test_the_bundled_model_is_small_and_safe() -> None:
     folder = PROJECT / "runners" / "tiny"
     assert sum(file.stat().st_size for file in folder.iterdir()) < 10e6
     assert {file.suffix for file in folder.iterdir()} == {".json", ".safetensors", ".md", ".csv"}
+
+
+def test_the_citation_has_the_version_of_the_package() -> None:
+    citation = (PROJECT / "CITATION.cff").read_text(encoding="utf-8")
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert f"\nversion: {project['version']}\n" in citation
+    assert f"\nlicense: {project['license']}\n" in citation
