@@ -6,6 +6,8 @@ be folded into what produces that input. Then the range of each group is shrunk 
 
 The authors measure errors on the outputs of the attention or the block for a sample of tokens; here the error is that of
 the layers' own outputs, and exact for all calibration tokens: tr(D H D^T).
+
+The scale search is Section 3.2, equations 4 and 5, of the paper; the clip search is only in the authors' code.
 """
 
 from dataclasses import dataclass, replace
@@ -13,8 +15,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantease.grid import Grid, GridSpec, storable
+from quantease.grid import Grid, GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, objective
+from quantease.scales import storable
+
+# The sizes of inputs that scales are made of are clamped: a dead input has size zero, and would get a scale of zero or,
+# with the others relative to it, an infinite one. The authors clamp at 1e-4, here it is relative to the mean, so that the
+# scale of the inputs does not matter.
+LEAST_INPUT = 1e-4
+ALL_DEAD = 1e-30  # keeps the size positive where every input is dead; all scales are then 1
+LEAST_SCALE, LARGEST_SCALE = 1e-4, 6e4  # of float16 (which ends at 65,504), in which scales are stored
 
 
 @dataclass(frozen=True)
@@ -45,21 +55,29 @@ class AWQ(LayerSolver):
 
     def _clip(self, problem: LayerProblem, whole: Grid, spec: GridSpec) -> Grid:
         """For each row and group the range with the least error of that group's own part of the output."""
+        # All groups have the same size, so sorting the columns by group gives them row by row, also in act-order.
         columns = whole.group.argsort(stable=True).view(whole.scale.shape[1], -1)  # (groups, group_size)
-        within = problem.hessian[columns[:, :, None], columns[:, None, :]]
-        largest = problem.weight.abs()[:, columns].amax(-1)[:, whole.group]
+        within = problem.hessian[columns[:, :, None], columns[:, None, :]]  # (groups, group_size, group_size)
+        largest = problem.weight.abs()[:, columns].amax(-1)[:, whole.group]  # (out, in), max |w| of each weight's group
         grid, errors = whole, _group_errors(problem, whole, columns, within)
         for step in range(1, self.clip_steps):
+            # The grid is fitted to clipped weights, but errors are those of the whole weights on it.
             bound = (1 - self.max_shrink * step / self.clip_steps) * largest
             trial = problem.fit_grid(spec, problem.weight.clamp(-bound, bound))
             trial_errors = _group_errors(problem, trial, columns, within)
             grid = _choose(trial_errors < errors, trial, grid)
             errors = torch.minimum(errors, trial_errors)
-        # The groups were taken each on its own: undo it in rows whose whole error has risen.
+        # Each group was judged on its own, without the correlations between groups: undo it in rows whose error rose.
         return _choose((_row_errors(problem, grid) <= _row_errors(problem, whole))[:, None], grid, whole)
 
     def _best_scale(self, problem: LayerProblem, spec: GridSpec) -> Tensor:
-        """The scale (in,) with the least error over all layers that share the input; the first of equals."""
+        """The scale (in,) with the least error over all layers that share the input; the first of equals.
+
+        Exponent 0 is always tried first: all scales 1, which is plain rounding.
+
+        Raises:
+            ValueError: the problem has no `mean_input`.
+        """
         if problem.mean_input is None:
             raise ValueError("AWQ needs the mean of |x| of every input: LayerProblem.mean_input")
         best, least = torch.ones_like(problem.mean_input), torch.inf
@@ -76,9 +94,12 @@ class AWQ(LayerSolver):
 
 
 def _scale(mean_input: Tensor, exponent: float) -> Tensor:
-    """mean|x|^a, normalized so that the largest and the smallest are each other's inverse, as it is stored."""
-    scale = mean_input.clamp(min=1e-4 * float(mean_input.mean()) + 1e-30).pow(exponent)
-    return storable((scale / (scale.max() * scale.min()).sqrt()).clamp(1e-4, 6e4), 16)
+    """mean|x|^a (in,), normalized so that the largest and the smallest are each other's inverse, as it is stored.
+
+    The normalization is the authors': it keeps scaled weights about as large as they were, within float16's range.
+    """
+    scale = mean_input.clamp(min=LEAST_INPUT * float(mean_input.mean()) + ALL_DEAD).pow(exponent)
+    return storable((scale / (scale.max() * scale.min()).sqrt()).clamp(LEAST_SCALE, LARGEST_SCALE), 16)
 
 
 def _choose(condition: Tensor, first: Grid, second: Grid) -> Grid:
@@ -99,9 +120,11 @@ def _group_errors(problem: LayerProblem, grid: Grid, columns: Tensor, within: Te
 
 
 def _row_errors(problem: LayerProblem, grid: Grid) -> Tensor:
+    """(out,): d H d^T for the rounding error d of each row, all groups and their correlations together."""
     difference = _error(problem, grid)
     return (difference @ problem.hessian * difference).sum(1)
 
 
 def _error(problem: LayerProblem, grid: Grid) -> Tensor:
+    """(out, in): what rounding to nearest changes."""
     return grid.decode(grid.encode(problem.weight)) - problem.weight

@@ -1,4 +1,7 @@
-"""RTN: round every weight to the nearest point of its grid. Ignores the calibration data."""
+"""RTN: round every weight to the nearest point of its grid. Ignores the calibration data.
+
+The smallest method there is, and so the one to copy for a new one. Every other method must be at least as good.
+"""
 
 from dataclasses import dataclass
 
@@ -8,7 +11,7 @@ from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 
 @dataclass(frozen=True)
 class RTN(LayerSolver):
-    """Round to nearest."""
+    """Round to nearest; it has no settings."""
 
     @property
     def rows_independent(self) -> bool:

@@ -12,17 +12,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from baselines.spqr_groups import quantize_statistics, weight_range, without_outliers
 from quantease.act_order import ActOrder
 from quantease.cholesky import damping_notes, inverse_factor
-from quantease.grid import Grid, GridSpec, least_error
+from quantease.grid import Grid, GridSpec
 from quantease.kernels import Columns, run_block
 from quantease.kernels.plain import nearest_codes, nearest_values
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
+from quantease.scales import least_error_range
 from quantease.sparse import Outliers
 
-SMALLEST = 1e-9  # a scale that is quantized to zero (in the authors' code, too)
+SMALLEST = 1e-9  # takes the place of a scale that the second level rounds to zero (in the authors' code, too)
+# The threshold that gives a wanted share of outliers is found between 1e-6 and 1e6 by bisection of its logarithm. Each
+# step solves the layer again; 16 of them leave a factor of 1.0004, mostly it ends sooner.
+LOWEST, HIGHEST = 1e-6, 1e6
 BISECTIONS = 16
-NEAR_ENOUGH = 0.02  # of the wanted share of outliers
+NEAR_ENOUGH = 0.02  # of the wanted share: 0.98 % for 1 %, which is 0.0064 bits per weight
 
 
 @dataclass(frozen=True)
@@ -64,26 +69,34 @@ class SpQR(LayerSolver):
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         if self.act_order:
             return ActOrder(replace(self, act_order=False)).solve(problem, spec)
-        factor, damping = inverse_factor(problem, self.damping)
+        factor, damping = inverse_factor(problem, self.damping)  # U, upper triangular, H^-1 = U^T U
         alive = problem.hessian.diagonal() > 0
-        pivot = factor.diagonal().clone()
-        coupling = factor.div_(-pivot[:, None])
+        pivot = factor.diagonal().clone()  # (in,), U_jj
+        coupling = factor.div_(-pivot[:, None])  # in place, the layer's largest matrix; signs as in baselines/gptq.py
         cost = _mean_cost(problem.weight, pivot, alive)
 
         def solve(threshold: float) -> QuantizedLayer:
             return self._solve(problem.weight, coupling, pivot, alive, threshold * cost, spec)
 
-        answer = solve(self.threshold) if self.outlier_ratio is None else self._hit_ratio(solve, problem.weight.numel())
+        answer = (
+            solve(self.threshold)
+            if self.outlier_ratio is None
+            else self._bisect_threshold(solve, problem.weight.numel())
+        )
         notes = answer.notes + damping_notes(self.damping, damping)
         return replace(answer, damping=damping, damping_raised=damping != self.damping, notes=notes)
 
-    def _hit_ratio(self, solve: Callable[[float], QuantizedLayer], weights: int) -> QuantizedLayer:
-        """The answer whose share of outliers is nearest to the wanted one: fewer the higher the threshold."""
+    def _bisect_threshold(self, solve: Callable[[float], QuantizedLayer], weights: int) -> QuantizedLayer:
+        """The answer whose share of outliers is nearest to the wanted one: the higher the threshold, the fewer outliers.
+
+        The share is not quite monotonous in the threshold, as outliers change what later columns have to make up for. So
+        the best answer that was met is kept, and a share that no threshold gives is reported.
+        """
         wanted = self.outlier_ratio or 0.0
         if wanted == 0:
             return solve(math.inf)
-        tolerance = max(NEAR_ENOUGH * wanted, 1 / weights)
-        low, high = math.log(1e-6), math.log(1e6)
+        tolerance = max(NEAR_ENOUGH * wanted, 1 / weights)  # a small layer cannot come nearer than one weight
+        low, high = math.log(LOWEST), math.log(HIGHEST)
         best: QuantizedLayer | None = None
         for _ in range(BISECTIONS):
             threshold = (low + high) / 2
@@ -100,19 +113,30 @@ class SpQR(LayerSolver):
     def _solve(
         self, weight: Tensor, coupling: Tensor, pivot: Tensor, alive: Tensor, threshold: float, spec: GridSpec
     ) -> QuantizedLayer:
-        """One pass over the columns, in groups, with one threshold for the squared error over the pivot's square."""
+        """Algorithm 1: one pass over the columns, group by group.
+
+        Args:
+            weight: (out, in).
+            coupling: (in, in), -U_jk / U_jj.
+            pivot: (in,), U_jj.
+            alive: (in,), which inputs are not dead.
+            threshold: a weight is an outlier if (w - q(w))^2 / U_jj^2 exceeds it.
+        """
         group_size = min(spec.group_size or self.group_size, weight.shape[1])
-        limit = torch.where(alive, threshold * pivot.square(), torch.inf)
+        # Per column, for the squared error alone. The weights of a dead input cost nothing, so none is an outlier.
+        limit = torch.where(alive, threshold * pivot.square(), torch.inf)  # (in,)
         remaining = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out), compensated as it goes
         values = torch.empty_like(remaining)
         codes, kept = torch.empty_like(remaining, dtype=torch.uint8), torch.empty_like(remaining, dtype=torch.bool)
         scales, zeros = [], []
         for start in range(0, len(remaining), group_size):
             here, later = slice(start, start + group_size), slice(start + group_size, None)
-            inliers = _without_outliers(remaining[here].T, pivot[here], threshold, spec)
+            # Groups are fitted when reached, to the weights as they have been compensated by then.
+            inliers = without_outliers(remaining[here].T, pivot[here], threshold, spec)
             scale, zero = self._fit(inliers, spec)
             group = torch.zeros(len(remaining[here]), dtype=torch.int32, device=weight.device)
             columns = Columns(scale[None], zero[None], group, spec.max_code)
+            # A weight whose error exceeds the limit stays as it is, and leaves nothing to compensate for.
             run_block(values[here], remaining[here], coupling[here, here], columns, limit=limit[here])
             remaining[later].addmm_(coupling[here, later].T, remaining[here], alpha=-1)
             codes[here], kept[here] = _encode(values[here], scale, zero, limit[here], spec)
@@ -126,11 +150,11 @@ class SpQR(LayerSolver):
     def _fit(self, group: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
         """The two-level scale and zero point (out,) of the weights of one group (out, n)."""
         if spec.range == "mse":
-            scale, zero = least_error(group, spec.max_code, lambda shrink: _range(group, spec, shrink))
+            scale, zero = least_error_range(group, spec.max_code, lambda shrink: weight_range(group, spec, shrink))
         else:
-            scale, zero = _range(group, spec)
-        scale = _quantize_statistics(scale, self.scale_bits, self.second_group_size).clamp(min=SMALLEST)
-        return scale, zero if spec.symmetric else _quantize_statistics(zero, self.zero_bits, self.second_group_size)
+            scale, zero = weight_range(group, spec)
+        scale = quantize_statistics(scale, self.scale_bits, self.second_group_size).clamp(min=SMALLEST)
+        return scale, zero if spec.symmetric else quantize_statistics(zero, self.zero_bits, self.second_group_size)
 
     def _bits_per_group(self, rows: int, spec: GridSpec) -> float:
         """What the scale and the zero point of a first-level group take, with their part of the second level."""
@@ -138,30 +162,18 @@ class SpQR(LayerSolver):
         return self.scale_bits + second_level + (0 if spec.symmetric else self.zero_bits + second_level)
 
 
-def _range(values: Tensor, spec: GridSpec, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Scale and (fractional) zero point of `shrink` times the range of `values` along the last dimension.
-
-    Unlike the shared grid's, the range of an asymmetric one need not contain zero.
-    """
-    low, high = values.amin(-1) * shrink, values.amax(-1) * shrink
-    if spec.symmetric:
-        high = torch.maximum(-low, high)
-        low = -high
-    constant = low == high  # its one value must be represented
-    scale = torch.where(constant, low.abs(), (high - low) / spec.max_code)
-    scale = torch.where(scale == 0, 1.0, scale)
-    return scale, torch.full_like(scale, (spec.max_code + 1) / 2) if spec.symmetric else -low / scale
-
-
 def _encode(values: Tensor, scale: Tensor, zero: Tensor, limit: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
     """The codes (n, out) of one group, that of zero for outliers, and which values (n, out) are outliers."""
-    # What was rounded is its own rounding, so what is far from it was kept.
+    # A value that was rounded is equal to its own rounding, so a value that is far from it was kept.
     kept = (values - nearest_values(values, scale, zero, spec.max_code)).square() > limit[:, None]
     return nearest_codes(torch.where(kept, 0.0, values), scale, zero, spec.max_code), kept
 
 
 def _outliers(values: Tensor, kept: Tensor, codes: Tensor, grid: Grid) -> Outliers | None:
-    """The kept weights in 16 bits, less what their codes stand for."""
+    """The kept weights in 16 bits, less what their codes stand for, to which they are added.
+
+    Zero need not be a value of SpQR's grids (their zero points are fractional), so the difference is not the weight.
+    """
     rows, columns = kept.nonzero(as_tuple=True)
     if not len(rows):
         return None
@@ -170,40 +182,11 @@ def _outliers(values: Tensor, kept: Tensor, codes: Tensor, grid: Grid) -> Outlie
     return Outliers(rows, columns, values[rows, columns].half().to(values.dtype) - beside)
 
 
-def _quantize_statistics(values: Tensor, bits: int, group_size: int) -> Tensor:
-    """`values` (out,) as they are stored: `bits` bits each, with a float16 scale and minimum a second-level group."""
-    missing = -len(values) % group_size  # of the last group: filled with its last value, which changes no range
-    groups = torch.cat([values, values[-1:].expand(missing)]).view(-1, group_size)
-    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
-    step = ((high - low) / (2**bits - 1)).half().to(values.dtype)
-    low = low.half().to(values.dtype)
-    codes = torch.round((groups - low) / torch.where(step > 0, step, 1.0)).clamp(0, 2**bits - 1)
-    return (low + step * codes).flatten()[: len(values)]
-
-
 def _mean_cost(weight: Tensor, pivot: Tensor, alive: Tensor) -> float:
-    """Of rounding a weight, as the threshold is relative to it: the mean over the inputs that are ever used."""
+    """The unit of the threshold: the mean of var(w_j) / U_jj^2 over all columns j that are not dead (authors' code).
+
+    With it a threshold means the same at any scale of weights and Hessian.
+    """
+    # correction: the unbiased variance, except for a layer of one row, which has none.
     cost = weight.var(dim=0, correction=min(1, len(weight) - 1)) / pivot.square()
     return (cost * alive).sum().item() / max(1, int(alive.sum()))
-
-
-def _without_outliers(group: Tensor, pivot: Tensor, limit: float, spec: GridSpec) -> Tensor:
-    """The weights of a group (out, n) with the likely outliers replaced by the mean of the others.
-
-    A weight is one if the error of the group falls by more than `limit` when it is left out.
-    """
-    count = group.shape[1]
-    if not math.isfinite(limit) or count == 1:
-        return group
-    each, others = torch.arange(count, device=group.device)[:, None], torch.arange(count - 1, device=group.device)
-    others = others + (others >= each)  # (n, n - 1): row i leaves out i
-    left_out = _error(group[:, others], pivot[others], spec)  # (out, n)
-    keep = (_error(group, pivot, spec)[:, None] - left_out <= limit).to(group.dtype)
-    mean = (group * keep).sum(1, keepdim=True) / keep.sum(1, keepdim=True).clamp(min=1)
-    return group * keep + mean * (1 - keep)
-
-
-def _error(values: Tensor, pivot: Tensor, spec: GridSpec) -> Tensor:
-    """The weighted squared error of rounding `values` to the range of its last dimension."""
-    scale, zero = (statistic[..., None] for statistic in _range(values, spec))
-    return ((nearest_values(values, scale, zero, spec.max_code) - values) / pivot).square().sum(-1)

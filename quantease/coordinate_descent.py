@@ -2,6 +2,15 @@
 
 Cyclic coordinate descent on ||W X - W_hat X||^2 over the grid, so no matrix is ever inverted or decomposed. Every third
 sweep is relaxed: its columns take their unrounded optimum, which lets the next sweep leave a local minimum.
+
+Ancestors, both of QuIP (Chee et al., 2023, https://arxiv.org/abs/2307.13304): its `allbal` is coordinate descent from W
+without relaxed sweeps, as `quantease` with relax_every=null; its `ldlqRG` is act-order, LDLQ (which equals GPTQ) and then
+coordinate descent, as `gptq_quantease` with act_order=true and relax_every=null (but for its sweeps, which go from the
+last column to the first).
+
+The authors' release (linkedin/QuantEase) is no oracle for tests: its `gptq_quantease` refines towards the GPTQ weights
+instead of W, its outlier mode never updates the quantized part, and its group-wise rounding uses the last group's scale
+for all groups. The tests transcribe the equations of the paper instead (tests/reference.py).
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +23,7 @@ from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from quantease.refit import refit
 from quantease.sweeps import Convergence, Residual, hessian_with_positive_diagonal, sweep
 
-LAST_RELAXED = 25  # the authors' code leaves no sweep after this one unrounded
+LAST_RELAXED = 25  # counted from 0; all later sweeps round, as in the authors' code: the default's last four settle
 
 
 @dataclass(frozen=True)
@@ -37,12 +46,15 @@ class Schedule:
 
     def rounds(self, iteration: int) -> bool:
         """Whether sweep `iteration`, counted from 0, rounds. The last one always does."""
+        # The first sweep rounds, from wherever it starts; the relaxed ones follow a rounded sweep: 1, 4, 7, ... for 3.
         if self.relax_every is None or iteration % self.relax_every != 1:
             return True
         return iteration > LAST_RELAXED or iteration == self.num_iters - 1
 
     def only_rounds_after(self, iteration: int) -> bool:
-        """Whether no relaxed sweep follows: then a sweep that changes nothing shows that none of the rest will."""
+        """Whether sweep `iteration` and all after it round. Then a sweep that changes nothing shows that none of the rest
+        will; a relaxed sweep would change everything again.
+        """
         return all(self.rounds(later) for later in range(iteration, self.num_iters))
 
 
@@ -53,8 +65,8 @@ class QuantEase(LayerSolver):
     Attributes:
         num_iters: sweeps over all columns; fewer if a sweep changes no code and so none of the rest would.
         relax_every: relax one sweep in so many (the second, the fifth, ... for 3); None: round in every sweep.
-        init: the method to start from, on whose grid (and beside whose outliers) the sweeps then stay; None: start from
-            W itself.
+        init: the method to start from. The sweeps keep its grid, its outliers and its scaling of the columns, and still
+            approximate W. None: start from W itself.
         grid_refits: after the sweeps, solve scales and zero points for the codes and sweep again, so many times. Beyond
             the paper; zero points become fractional and are counted with 16 bits.
         sweeps_per_refit: sweeps after each refit.
@@ -74,20 +86,20 @@ class QuantEase(LayerSolver):
             raise ValueError("grid_refits must not be negative, and sweeps_per_refit must be at least 1")
 
     @property
-    def rows_independent(self) -> bool:
+    def rows_independent(self) -> bool:  # each row has its own scale and residual, whatever starts the sweeps
         return self.init is None or self.init.rows_independent
 
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         start = self.init.solve(problem, spec) if self.init else None
         if start is None:
             return self._descend(problem, problem.fit_grid(spec), problem.weight)
-        problem = _beside(problem, start)
+        problem = _remaining_problem(problem, start)
         answer = self._descend(problem, start.grid, start.grid.decode(start.codes))
         return replace(start, codes=answer.codes, grid=answer.grid, history=answer.history)
 
     def _descend(self, problem: LayerProblem, grid: Grid, start: Tensor) -> QuantizedLayer:
         hessian = hessian_with_positive_diagonal(problem)
-        target = problem.weight.T
+        target = problem.weight.T  # everything from here on is (in, out)
         w_hat = start.T.clone(memory_format=torch.contiguous_format)
         residual = Residual(target, w_hat)
         history: list[float] = []
@@ -98,24 +110,30 @@ class QuantEase(LayerSolver):
 
         schedule, convergence = Schedule(self.num_iters, self.relax_every), Convergence(w_hat.device)
         for iteration in range(self.num_iters):
-            watched = schedule.only_rounds_after(iteration)
+            may_stop = schedule.only_rounds_after(iteration)
             rounds = schedule.rounds(iteration)
-            sweep(w_hat, target, residual, hessian, grid if rounds else None, convergence if watched else None)
+            sweep(w_hat, target, residual, hessian, grid if rounds else None, convergence if may_stop else None)
             track()
-            if watched and convergence.reached():
+            if may_stop and convergence.reached():
                 break
         for _ in range(self.grid_refits):
-            grid = refit(w_hat, target, residual, problem.hessian, grid)  # in which dead inputs count for nothing
+            # The problem's own Hessian: with the unit curvature that sweeps give to dead inputs, their weights would
+            # pull at the scale.
+            grid = refit(w_hat, target, residual, problem.hessian, grid)
             track()
             for _ in range(self.sweeps_per_refit):
                 sweep(w_hat, target, residual, hessian, grid)
                 track()
-        del residual  # its memory does for the codes
+        del residual  # the largest tensor here: its memory is needed for encoding
         return QuantizedLayer(grid.encode(w_hat.T), grid, history=tuple(history))
 
 
-def _beside(problem: LayerProblem, start: QuantizedLayer) -> LayerProblem:
-    """What is left to do for the codes of `start`: beside its outliers, in its scaling of the columns."""
+def _remaining_problem(problem: LayerProblem, start: QuantizedLayer) -> LayerProblem:
+    """The problem that is left for the codes of `start`, given its outliers S and column scale s.
+
+    Its weight is decode(codes) / s + S, so the codes approximate (W - S) s, on inputs divided by s. The order matters:
+    outliers are added in the layer's own scale.
+    """
     if start.outliers is not None:
         values = replace(start.outliers, values=-start.outliers.values)
         problem = replace(problem, weight=values.add_to(problem.weight.clone()))

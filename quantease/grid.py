@@ -1,21 +1,21 @@
-"""The quantization grid: which values a quantized weight may take, and what it costs to store them.
+"""The quantization grid: which values a quantized weight may take, and how many bits they take to store.
 
-Every method fits its grid here, so that methods given the same options round to the same values.
+A weight is scale * (code - zero), with a whole code of 0 to 2^bits - 1. Scale and zero point are shared by a grid group:
+`group_size` neighboring input columns of one output row, or the whole row (per-channel). Every method fits its grid
+here, so that methods given the same options round to the same values.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from quantease.kernels import Columns
-from quantease.kernels.plain import nearest_codes, nearest_values
+from quantease.kernels.plain import nearest_codes
+from quantease.scales import fit_range, least_error_range, smallest_scale
 
-FLOAT16_SMALLEST = 2.0**-24  # the smallest positive float16
-SHRINKS = [1 - step / 100 for step in range(80)]  # of the range, that the MSE search tries (GPTQ's authors' code)
-MSE_NORM = 2.4  # the power of the rounding error that it minimizes
-ROWS_BYTES = 2**24  # of a float32 matrix that are encoded at once
+ROWS_BYTES = 2**24  # of a float32 matrix that are encoded at once: its half a dozen copies on the way stay below 100 MB
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,14 @@ class GridSpec:
     """Which grid to build.
 
     Attributes:
-        bits: bits of a code, 2 to 8.
+        bits: bits of a code, 2 to 8: a code is a byte in memory, and with 1 bit one of the two values would be zero.
         group_size: input columns that share a scale; None: the whole output row does (per-channel).
         symmetric: the zero point is the middle code and is not stored.
         scale_bits: 16 rounds the scales to float16, as they are stored; 32 keeps float32.
         range: `minmax` covers all weights of a group, `mse` the part of that range with the least rounding error.
+
+    Raises:
+        ValueError: a setting is out of range.
     """
 
     bits: int
@@ -52,7 +55,7 @@ class GridSpec:
 
     @property
     def bits_per_group(self) -> float:
-        """What the scale and the zero point of a group take."""
+        """Bits of the scale and the zero point of one group; a zero point is a code, so it takes as many bits as one."""
         return self.scale_bits + (0 if self.symmetric else self.bits)
 
     def divides(self, in_features: int) -> bool:
@@ -63,6 +66,9 @@ class GridSpec:
 @dataclass(frozen=True, eq=False)
 class Grid:
     """A fitted grid, `weight = scale * (code - zero)`, for each output row and group of input columns.
+
+    `group` is a list of numbers and not a group size, because act-order permutes the columns: a group then keeps its
+    members but they are no longer neighbors.
 
     Attributes:
         stored_bits_per_group: bits of the scale and zero point of a group, where they are not what the spec says.
@@ -87,19 +93,20 @@ class Grid:
         group_size = spec.group_size or in_features
         grouped = weight.reshape(out_features, -1, group_size)
         if spec.range == "mse":
-            scale, zero = least_error(grouped, spec.max_code, lambda shrink: _fit_range(grouped, spec, shrink))
+            scale, zero = least_error_range(grouped, spec.max_code, lambda shrink: fit_range(grouped, spec, shrink))
         else:
-            scale, zero = _fit_range(grouped, spec, 1.0)
+            scale, zero = fit_range(grouped, spec, 1.0)
         group = torch.arange(in_features, device=weight.device) // group_size
         return cls(spec, scale, zero, group)
 
     @property
     def clipped_scales(self) -> int:
-        """How many scales are as small as their format goes: most would have been smaller."""
-        return int((self.scale <= _smallest(self.spec)).sum())
+        """How many scales are the smallest of their format. Most were clamped to it: their weights are all but zero."""
+        return int((self.scale <= smallest_scale(self.spec.scale_bits)).sum())
 
-    def refit_group_(self, group: int, weight: Tensor) -> None:
+    def fit_group_(self, group: int, weight: Tensor) -> None:
         """Fit the scale and zero point of one group anew, in place, to the current weights of its columns (out, n)."""
+        # Exactly these n columns are the group, wherever they are in the layer: one group of all that is given.
         fitted = Grid.fit(weight, replace(self.spec, group_size=None))
         self.scale[:, group], self.zero[:, group] = fitted.scale[:, 0], fitted.zero[:, 0]
 
@@ -116,21 +123,21 @@ class Grid:
         values = torch.empty(codes.shape, dtype=self.scale.dtype, device=codes.device)
         for rows in _row_slices(codes):
             scale, zero = self._of_rows(rows)
-            torch.mul(codes[rows] - zero, scale, out=values[rows])
+            torch.mul(codes[rows] - zero, scale, out=values[rows])  # uint8 minus float is a float
         return values
 
     def _of_rows(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Scale and zero point for every column of some rows, or (rows, 1) where a row has but one."""
+        """Scale and zero point of some rows: (rows, in), or (rows, 1) where a row has but one, which broadcasts."""
         scale, zero = self.scale[rows], self.zero[rows]
         return (scale, zero) if scale.shape[1] == 1 else (scale[:, self.group], zero[:, self.group])
 
     def columns(self) -> Columns:
-        """What rounding needs, column by column, in the solvers' transposed layout."""
+        """What rounding needs, column by column, in the transposed layout (in, out) of the kernels."""
         group = self.group.to(torch.int32)
         return Columns(self.scale.T.contiguous(), self.zero.T.contiguous(), group, self.spec.max_code)
 
     def select_rows(self, rows: slice) -> "Grid":
-        """The grid of some of the rows."""
+        """The grid of some of the rows; the groups of columns are the same for all rows."""
         return replace(self, scale=self.scale[rows], zero=self.zero[rows])
 
     def permuted(self, order: Tensor) -> "Grid":
@@ -139,7 +146,11 @@ class Grid:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of the codes, of the scale and zero point of each group, and of the order where groups are scattered."""
+        """Bits of the codes, of the scale and zero point of each group, and of the order where groups are scattered.
+
+        In groups that are not neighbors (SpQR groups the sorted columns), a reader needs the group of every column:
+        16 bits for each column, shared by all rows.
+        """
         (out_features, groups), columns = self.scale.shape, len(self.group)
         stored = self.spec.bits_per_group if self.stored_bits_per_group is None else self.stored_bits_per_group
         scattered = bool((self.group.diff() < 0).any())
@@ -147,52 +158,6 @@ class Grid:
 
 
 def _row_slices(weight: Tensor) -> Iterator[slice]:
-    """Rows, so many at a time that what is made from them on the way stays small."""
+    """Slices of the rows, each so small that the copies that are made of it on the way stay small beside the layer."""
     step = max(1, ROWS_BYTES // (weight.shape[1] * 4))
     return (slice(start, start + step) for start in range(0, len(weight), step))
-
-
-def _fit_range(grouped: Tensor, spec: GridSpec, shrink: float) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (out, groups) over `shrink` times the range of the weights (out, groups, group_size)."""
-    low, high = grouped.amin(-1).clamp(max=0) * shrink, grouped.amax(-1).clamp(min=0) * shrink
-    if spec.symmetric:
-        high = torch.maximum(-low, high)
-        low = -high
-    scale = storable((high - low) / spec.max_code, spec.scale_bits).clamp(min=_smallest(spec))
-    scale = torch.where(low == high, 1.0, scale)  # an all-zero group: any positive scale represents it
-    middle = torch.full_like(scale, (spec.max_code + 1) / 2)
-    return scale, middle if spec.symmetric else torch.round(-low / scale).clamp(0, spec.max_code)
-
-
-def least_error(values: Tensor, max_code: int, fit: Callable[[float], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the shrunken range with the least rounding error along the last dimension of `values`.
-
-    Args:
-        fit: gives scale and zero point, of the shape of `values` less that dimension, for a part of the range.
-    """
-    scale, zero = fit(1.0)
-    least = torch.full_like(scale, torch.inf)
-    for shrink in SHRINKS:
-        trial_scale, trial_zero = fit(shrink)
-        rounded = nearest_values(values, trial_scale[..., None], trial_zero[..., None], max_code)
-        error = (rounded - values).abs_().pow_(MSE_NORM).sum(-1)
-        better = error < least
-        least = torch.where(better, error, least)
-        scale, zero = torch.where(better, trial_scale, scale), torch.where(better, trial_zero, zero)
-    return scale, zero
-
-
-def _smallest(spec: GridSpec) -> float:
-    return FLOAT16_SMALLEST if spec.scale_bits == 16 else torch.finfo(torch.float32).tiny
-
-
-def storable(values: Tensor, bits: int) -> Tensor:
-    """`values` as they are stored in `bits` bits, 16 (float16) or 32.
-
-    Raises:
-        ValueError: a value is not finite, or too large for float16.
-    """
-    stored = values.half().to(values.dtype) if bits == 16 else values
-    if not torch.isfinite(stored).all():
-        raise ValueError("a scale is not finite in float16: take scale_bits=32, or look for infinite or NaN weights")
-    return stored

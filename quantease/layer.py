@@ -1,4 +1,4 @@
-"""The layer-wise problem that every method solves, and the answer that every method returns.
+"""The contract of a method: the layer-wise problem that it is given, and the quantized layer that it returns.
 
 Given a weight W (out, in) and the Hessian H = sum x x^T (in, in) of its calibration inputs X, find W_hat on a
 quantization grid that makes ||W X - W_hat X||_F^2 = tr((W - W_hat) H (W - W_hat)^T) small.
@@ -22,13 +22,23 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
-    """One linear layer to quantize."""
+    """One linear layer to quantize.
 
-    weight: Tensor  # (out, in), float32
-    hessian: Tensor  # (in, in), float32, symmetric; its overall scale never matters
-    order: Tensor | None = None  # (in,), where each column stands in the layer; None: in its place
-    mean_input: Tensor | None = None  # (in,), the mean of |x| over the calibration tokens, for methods that look at it
-    siblings: tuple[Tensor, ...] = ()  # weights of the other layers that receive the same input
+    Attributes:
+        weight: (out, in), float32.
+        hessian: (in, in), float32, symmetric, the sum of x x^T over the calibration tokens. A method's answer does not
+            depend on its overall scale. A diagonal entry of zero marks a dead input, one that was zero in all tokens.
+        order: (in,), the place in the layer that each column of this problem has; None: its own.
+        mean_input: (in,), the mean of |x| over the calibration tokens, which AWQ needs.
+        siblings: weights (out of each, in) of the other layers that receive the same input, for methods whose layers
+            share something.
+    """
+
+    weight: Tensor
+    hessian: Tensor
+    order: Tensor | None = None
+    mean_input: Tensor | None = None
+    siblings: tuple[Tensor, ...] = ()
 
     def permuted(self, order: Tensor) -> "LayerProblem":
         """The same problem with its input columns in another order."""
@@ -36,13 +46,16 @@ class LayerProblem:
             self,
             weight=self.weight[:, order],
             hessian=self.hessian[order][:, order],
-            order=order if self.order is None else self.order[order],
+            order=order if self.order is None else self.order[order],  # permutations compose
             mean_input=None if self.mean_input is None else self.mean_input[order],
             siblings=tuple(weight[:, order] for weight in self.siblings),
         )
 
     def scaled(self, scale: Tensor) -> "LayerProblem":
-        """The same problem with column j of the weight multiplied by `scale` (in,), and its input divided by it."""
+        """The same problem with column j of the weight multiplied by `scale` (in,), and its input divided by it.
+
+        (W s) (X / s) = W X, so the layer's output and its errors stay what they are.
+        """
         return replace(
             self,
             weight=self.weight * scale,
@@ -54,7 +67,8 @@ class LayerProblem:
     def fit_grid(self, spec: GridSpec, weight: Tensor | None = None) -> Grid:
         """The grid of the weight, or of another `weight` with the columns in the same order.
 
-        A group holds neighbors of the layer, in whatever order the columns of the problem are.
+        A grid group holds neighboring columns of the layer, in whatever order the columns of the problem are: they are
+        put back in place, fitted, and permuted again.
         """
         weight = self.weight if weight is None else weight
         if self.order is None:
@@ -63,7 +77,7 @@ class LayerProblem:
 
     @cached_property
     def energy(self) -> float:
-        """||W X||^2, what the errors are relative to."""
+        """||W X||^2, the squared output of the layer, to which errors are relative."""
         return objective(self.weight, self.hessian)
 
     def relative_error(self, weight: Tensor) -> float:
@@ -72,22 +86,33 @@ class LayerProblem:
 
     @cached_property
     def dead_columns(self) -> int:
-        """How many inputs were zero in all of the calibration data."""
+        """How many inputs were zero in all of the calibration data, so that nothing is known about their weights."""
         return int((self.hessian.diagonal() == 0).sum())
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedLayer:
-    """A solver's answer, `weight = grid.decode(codes) / column_scale + outliers`, and what it took to find it."""
+    """A method's answer, `weight = grid.decode(codes) / column_scale + outliers`, with its diagnostics.
 
-    codes: Tensor  # (out, in), uint8
+    Attributes:
+        codes: (out, in), uint8.
+        grid: what the codes stand for.
+        outliers: sparse weights in high precision; None: the method keeps none.
+        column_scale: (in,), stored in 16 bits per column; None: columns are not scaled.
+        damping: the fraction of the mean Hessian diagonal that was added to the diagonal; None: the method adds none.
+        damping_raised: it is more than was asked for, because the factorization failed with that.
+        notes: sentences about what did not go as asked.
+        history: relative error after each sweep, for methods that are asked to track it.
+    """
+
+    codes: Tensor
     grid: Grid
     outliers: Outliers | None = None
-    column_scale: Tensor | None = None  # (in,), stored in 16 bits
-    damping: float | None = None  # the fraction of the mean Hessian diagonal that was really added to it
-    damping_raised: bool = False  # because the factorization failed with what was asked for
-    notes: tuple[str, ...] = ()  # whatever did not go as asked, in words
-    history: tuple[float, ...] = ()  # relative error after each sweep, where the solver was told to track it
+    column_scale: Tensor | None = None
+    damping: float | None = None
+    damping_raised: bool = False
+    notes: tuple[str, ...] = ()
+    history: tuple[float, ...] = ()
 
     @property
     def weight(self) -> Tensor:
@@ -108,12 +133,16 @@ class QuantizedLayer:
         bits = self.grid.bits_per_weight
         if self.outliers is not None:
             bits += self.outliers.bits / self.codes.numel()
-            if self.outliers.whole_columns:
+            if self.outliers.whole_columns:  # a column that is kept whole needs no codes
                 bits -= self.grid.spec.bits * self.outlier_ratio
-        return bits + (0 if self.column_scale is None else 16 / len(self.codes))
+        return bits + (0 if self.column_scale is None else 16 / len(self.codes))  # shared by all rows of a column
 
     def select_rows(self, rows: slice) -> "QuantizedLayer":
-        """The answer for some of the rows, of a method that takes each row on its own."""
+        """The answer for some of the rows, given by a method whose rows are independent.
+
+        Raises:
+            ValueError: there are outliers, which are chosen among all rows.
+        """
         if self.outliers is not None:
             raise ValueError("outliers are chosen among all rows: this answer cannot be divided")
         return replace(self, codes=self.codes[rows], grid=self.grid.select_rows(rows))
@@ -122,7 +151,9 @@ class QuantizedLayer:
         """The same answer with its input columns in another order."""
         outliers = self.outliers
         if outliers is not None:
-            outliers = replace(outliers, columns=order.argsort()[outliers.columns])
+            outliers = replace(
+                outliers, columns=order.argsort()[outliers.columns]
+            )  # column c moves to where order is c
         scale = None if self.column_scale is None else self.column_scale[order]
         codes, grid = self.codes[:, order], self.grid.permuted(order)
         return replace(self, codes=codes, grid=grid, outliers=outliers, column_scale=scale)
@@ -155,7 +186,7 @@ class LayerSolver(Protocol):
 
 
 def join_rows(parts: Sequence[QuantizedLayer]) -> QuantizedLayer:
-    """One answer from those for consecutive slices of the rows, of a method that takes each row on its own."""
+    """One answer from those for consecutive slices of the rows, given by a method whose rows are independent."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -167,10 +198,12 @@ def join_rows(parts: Sequence[QuantizedLayer]) -> QuantizedLayer:
         grid=replace(first.grid, scale=scale, zero=zero),
         damping_raised=any(part.damping_raised for part in parts),
         notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
-        history=(),  # relative to what each slice puts out: there is no sum of them
+        history=(),  # each is relative to the output of its own slice, so they do not add up
     )
 
 
 def objective(difference: Tensor, hessian: Tensor) -> float:
-    """tr(D H D^T) for D = `difference` (out, in): the squared error of the layer's outputs."""
+    """tr(D H D^T) for D = `difference` (out, in): the squared error of the layer's outputs, summed over all tokens."""
+    # The sum has as many terms as weights, so it is made in float64. It is never negative, but for rounding errors
+    # where D is in the null space of H.
     return max(0.0, (difference @ hessian).mul_(difference).sum(dtype=torch.float64).item())

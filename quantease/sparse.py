@@ -1,4 +1,4 @@
-"""Outliers."""
+"""Sparse weights in high precision that a layer stores besides its codes."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Outliers:
-    """Weights that are kept beside the grid, in 16 bits unless otherwise said, to which they are added.
+    """Sparse weights that are added to those of the grid.
 
     Attributes:
         whole_columns: they fill whole input columns, whose codes need not be stored.
-        value_bits: that a value is stored in: as many as a scale of the grid.
+        value_bits: bits that each value is stored in: 16, or 32 where the scales of the grid have 32.
     """
 
     rows: Tensor  # (count,)
@@ -22,10 +22,14 @@ class Outliers:
 
     @property
     def bits(self) -> float:
-        """What the values and their places take: 32 bits an outlier, or 16 bits and 16 more a column."""
+        """Bits of the values and their places: 16 + 16 per outlier, or 16 per value and 16 per column if structured.
+
+        16 bits of place are the column; the rows follow from where each begins in a list sorted by rows, whose lengths
+        are not counted, as in SpQR (https://arxiv.org/abs/2306.03078, Section 4.3: 32 bits per outlier).
+        """
         places = len(self.columns.unique()) if self.whole_columns else len(self.values)
         return self.value_bits * len(self.values) + 16 * places
 
     def add_to(self, weight: Tensor) -> Tensor:
-        """`weight` (out, in) with the outliers added in place."""
+        """`weight` (out, in) with the outliers added in place; they are stored as what the grid lacks at their places."""
         return weight.index_put_((self.rows, self.columns), self.values.to(weight.dtype), accumulate=True)

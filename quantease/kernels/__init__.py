@@ -1,6 +1,6 @@
-"""The pass over the columns of one block: what coordinate descent, GPTQ and SpQR spend their time on.
+"""The pass over the columns of one column block, in which coordinate descent, GPTQ and SpQR spend their time.
 
-Columns are taken in order; each is rounded to the grid, and its step is pushed on to the columns after it. Rows are
+Columns are taken in order; each is rounded to the grid, and its change is propagated to the columns after it. Rows are
 independent, so a fast form takes many rows at once and keeps a block close to the processor. There are three forms of
 the one pass: `plain` in torch, which defines it, runs everywhere and is what the others are tested against; `cpu`, with
 numba; `cuda`, with Triton.
@@ -24,7 +24,7 @@ class Columns:
     Attributes:
         scale: (groups, out), positive.
         zero: (groups, out); may be fractional.
-        group: (block,), int32, the row of `scale` and `zero` that each column takes.
+        group: (block,), int32, the row of `scale` and `zero` that belongs to each column.
         max_code: codes are 0 to `max_code`.
     """
 
@@ -52,9 +52,13 @@ def run_block(
     is GPTQ's error feedback: column j is work_j, rounded. Then work_k -= coupling_jk * change_j for the columns k after
     it, where the change is the new value minus the old one (descent) or minus the unrounded one (feedback).
 
+    Both are one recursion: a target from `work`, a rounding, and a rank-one update of the rest of `work`. In descent
+    `work` is H D and coupling is H: moving column j by d changes D_j by -d and so (H D)_k by -H_kj d. In feedback `work`
+    is the weight and coupling is -U_jk / U_jj (quantease/cholesky.py).
+
     Args:
         values: (block, out). The present values, which feedback does not look at; afterwards the new ones.
-        work: (block, out). D H of the block (descent), or its compensated weights (feedback); afterwards the changes.
+        work: (block, out). H D of the block (descent), or its compensated weights (feedback); afterwards the changes.
         coupling: (block, block).
         columns: the grid to round to; None: no rounding (a relaxed sweep).
         curvature: (block,), positive.

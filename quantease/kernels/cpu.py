@@ -1,4 +1,9 @@
-"""The pass over a block on the CPU, compiled by numba: a few rows at a time, whose block stays in the first-level cache."""
+"""The pass over a column block on the CPU, compiled by numba: a few rows at a time, which stay in the first-level cache.
+
+The innermost loops run over rows, which are contiguous, so that the compiler makes vector instructions of them. They are
+separate loops over short arrays and not one long loop, as each of them is then simple enough to be vectorized. Threads
+share nothing: each has rows of its own.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -10,7 +15,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from quantease.kernels import Columns
 
-ROWS = 64  # taken together, at most
+ROWS = 64  # taken together, at most: with 64 columns, values and work are 16 KiB each, of a cache of 32 KiB or more
+VECTOR = 16  # float32 in a 64-byte cache line and in the widest vector register: no two threads write to one line
+# An empty array stands for None: with optional arguments numba would compile another variant for each combination.
 NONE = np.empty(0, np.float32)
 NO_GRID = np.empty((0, 0), np.float32)
 NO_GROUP = np.empty(0, np.int32)
@@ -42,11 +49,13 @@ def _arrays(columns: "Columns") -> tuple[np.ndarray, np.ndarray, np.ndarray, int
     return columns.scale.numpy(), columns.zero.numpy(), columns.group.numpy(), columns.max_code
 
 
+# cache: compiled code is kept on disk between processes. error_model: division by zero gives infinity, as in torch, and
+# not an exception, whose check would also keep loops from being vectorized. Not fastmath: it would reorder sums.
 @numba.njit(parallel=True, cache=True, error_model="numpy")
 def _run(values, work, coupling, scale, zero, group, max_code, curvature, limit, threads):
     rows = values.shape[1]
-    parts = (rows + ROWS * threads - 1) // (ROWS * threads) * threads  # as many for each thread
-    size = ((rows + parts - 1) // parts + 15) // 16 * 16  # whole vectors
+    parts = (rows + ROWS * threads - 1) // (ROWS * threads) * threads  # equally many parts for each thread
+    size = ((rows + parts - 1) // parts + VECTOR - 1) // VECTOR * VECTOR  # rows of a part, in whole vectors
     for part in numba.prange((rows + size - 1) // size):
         first = part * size
         count = min(size, rows - first)
@@ -73,7 +82,7 @@ def _run_rows(values, work, coupling, scale, zero, group, max_code, curvature, l
         if rounds:
             s, z = scale[group[j], first:last], zero[group[j], first:last]
             for r in range(count):
-                lowest = np.floor(z[r])
+                lowest = np.floor(z[r])  # see plain._nearest; np.rint rounds to even, as torch.round does
                 fraction = z[r] - lowest
                 code = np.rint(target[r] / s[r] + fraction)
                 code = min(max(code, -lowest), np.float32(max_code) - lowest)
@@ -85,7 +94,7 @@ def _run_rows(values, work, coupling, scale, zero, group, max_code, curvature, l
                     change[r] = target[r]
         for r in range(count):
             new = change[r]
-            change[r] = new - old[r]
+            change[r] = new - old[r]  # in feedback, old was set to the unrounded value above
             old[r] = new
             mine[r] = change[r]
         for k in range(j + 1, block):

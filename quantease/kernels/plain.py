@@ -19,13 +19,14 @@ def run_block(
 ) -> None:
     """See `quantease.kernels.run_block`."""
     for j in range(len(values)):
+        # A clone, as work[j] is overwritten below.
         target = work[j].clone() if curvature is None else values[j] + work[j] / curvature[j]
         new = target if columns is None else round_column(target, columns, j)
         if limit is not None:
             new = torch.where((target - new).square() > limit[j], target, new)
         change = new - (target if curvature is None else values[j])
         work[j + 1 :].addr_(coupling[j, j + 1 :], change, alpha=-1)
-        values[j], work[j] = new, change
+        values[j], work[j] = new, change  # the solvers read the changes off for the columns after this block
 
 
 def round_column(target: Tensor, columns: "Columns", j: int) -> Tensor:
@@ -35,7 +36,7 @@ def round_column(target: Tensor, columns: "Columns", j: int) -> Tensor:
 
 
 def nearest_values(target: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
-    """The nearest grid points."""
+    """The nearest grid points to `target`; shapes broadcast."""
     codes, fraction = _nearest(target, scale, zero, max_code)
     return (codes - fraction) * scale
 
@@ -48,7 +49,11 @@ def nearest_codes(target: Tensor, scale: Tensor, zero: Tensor, max_code: int) ->
 def _nearest(target: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> tuple[Tensor, Tensor]:
     """The codes of the nearest grid points, less floor(zero), and zero's fraction: the value is (code - fraction) * scale.
 
-    Written so that a fractional zero point costs no precision, whatever its size.
+    The textbook form is scale * (round(target / scale + zero).clamp(0, max_code) - zero). A zero point that was solved
+    for (quantease/refit.py) is fractional and can be in the thousands where the range is far from zero; adding it would
+    cost the last bits of target / scale. So only its fraction is added, and its whole part moves into the bounds of the
+    clamp. For whole zero points the two are the same to the last bit, but for ties: `round` goes to the even number, and
+    here it is code - zero that becomes even.
     """
     lowest = zero.floor()
     fraction = zero - lowest

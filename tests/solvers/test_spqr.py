@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.spqr import SpQR, _range
-from quantease.grid import GridSpec, least_error
+from baselines.spqr import SpQR
+from baselines.spqr_groups import weight_range
+from quantease.grid import GridSpec
 from quantease.kernels.plain import nearest_values
+from quantease.scales import least_error_range
 from tests.problems import random_problem, with_dead_columns
 
 
@@ -152,7 +154,8 @@ def test_symmetric_grids_store_no_zero_points() -> None:
 def test_shrunken_ranges_round_better() -> None:
     """What the search minimizes, on its own: the weights of each group rounded, without any compensation."""
     group = random_problem(64, 16).weight
-    whole, shrunken = (_range(group, GridSpec(3)), least_error(group, 7, lambda part: _range(group, GridSpec(3), part)))
+    whole = weight_range(group, GridSpec(3))
+    shrunken = least_error_range(group, 7, lambda part: weight_range(group, GridSpec(3), part))
     errors = [
         (nearest_values(group, scale[:, None], zero[:, None], 7) - group).abs().pow(2.4).sum(1)
         for scale, zero in (whole, shrunken)
