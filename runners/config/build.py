@@ -30,25 +30,42 @@ def build(annotation: Any, value: Any, where: str) -> Any:
     Raises:
         InputError: naming the key that is unknown, missing, of the wrong type or out of range.
     """
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        options = typing.get_args(annotation)
-        if value is None and type(None) in options:
-            return None
-        classes = [option for option in options if option is not type(None)]
-        if isinstance(value, dict) and (target := value.get("_target_")):
-            return _construct(_locate(target, where, *classes), _fields(value), where)
-        annotation = classes[0]
-    if typing.get_origin(annotation) is dict and isinstance(value, dict):
-        item = typing.get_args(annotation)[1]
-        return {str(key): build(item, entry, f"{where}.{key}") for key, entry in value.items()}
-    if typing.get_origin(annotation) is tuple and isinstance(value, list):
-        item = typing.get_args(annotation)[0]
-        return tuple(build(item, entry, f"{where}[{place}]") for place, entry in enumerate(value))
-    if isinstance(value, dict) and annotation not in LEAVES:
-        target = value.get("_target_")
-        cls = _locate(target, where, annotation) if target else annotation
-        return _construct(cls, _fields(value), where)
-    return _leaf(annotation, value, where)
+    options = _options(annotation)
+    if value is None and type(None) in options:
+        return None
+    classes = [option for option in options if option is not type(None)]
+    kind = typing.get_origin(classes[0]) or classes[0]
+    if isinstance(value, dict) and kind is dict:
+        return _mapping(classes[0], value, where)
+    if isinstance(value, list) and kind is tuple:
+        return _sequence(classes[0], value, where)
+    if isinstance(value, dict) and kind not in LEAVES:
+        return _construct(_class_to_build(classes, value, where), _fields(value), where)
+    return _leaf(classes[0], value, where)
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union; of anything else, that alone."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
+
+
+def _mapping(annotation: Any, value: dict[Any, Any], where: str) -> dict[str, Any]:
+    """`dict[str, item]`: keys that the configuration is free to choose, such as the names of texts."""
+    _, item = typing.get_args(annotation)
+    return {str(key): build(item, entry, f"{where}.{key}") for key, entry in value.items()}
+
+
+def _sequence(annotation: Any, value: list[Any], where: str) -> tuple[Any, ...]:
+    """`tuple[item, ...]`: YAML has lists only, a frozen dataclass holds tuples."""
+    item = typing.get_args(annotation)[0]
+    return tuple(build(item, entry, f"{where}[{place}]") for place, entry in enumerate(value))
+
+
+def _class_to_build(classes: list[Any], value: dict[Any, Any], where: str) -> Any:
+    """The class that `_target_` names, or the first that the annotation has."""
+    target = value.get("_target_")
+    return _locate(target, where, *classes) if target else classes[0]
 
 
 def unknown_setting(where: str, key: str, known: list[str]) -> InputError:
@@ -65,9 +82,8 @@ def _construct(cls: Any, values: dict[str, Any], where: str) -> Any:
         raise InputError(f"{where} needs a _target_ that says which class to build")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if "name" not in fields:
-        values = {
-            key: entry for key, entry in values.items() if key != "name"
-        }  # a method's, where it is another's init
+        # The file of a method has a name beside its solver's fields; as the `init` of another method it is only a solver.
+        values = {key: entry for key, entry in values.items() if key != "name"}
     for key in values:
         if key not in fields:
             raise unknown_setting(where, key, list(fields))
@@ -91,9 +107,8 @@ def _leaf(annotation: Any, value: Any, where: str) -> Any:
         return float(value)
     if annotation in LEAVES and type(value) is annotation:
         return value
-    compound = (
-        "a list" if typing.get_origin(annotation) is tuple else "a mapping that says with _target_ which class to build"
-    )
+    is_tuple = typing.get_origin(annotation) is tuple
+    compound = "a list" if is_tuple else "a mapping that says with _target_ which class to build"
     expected = LEAVES.get(annotation, compound)
     raise InputError(f"{where} must be {expected}, not {json.dumps(value, default=str)}")
 
