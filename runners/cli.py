@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable
 from typing import Any, cast
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from runners.config.command_line import check
+from runners.config.command_line import CommandLine, configuration, read
+from runners.config.hydra_internals import launch, parse_arguments, run_here
 from runners.config.launchers import prepare_ray
 from runners.config.settings import Settings
 from runners.console import console
@@ -26,21 +26,34 @@ log = logging.getLogger(__name__)
 
 UNFINISHED = ("unfinished", "interrupted", "missing")  # states of cells that the same command goes on with
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
+HYDRAS_OWN = (  # options with which Hydra shows something, or reads another configuration than conf/config.yaml
+    *("help", "hydra_help", "cfg", "info", "shell_completion"),
+    *("config_dir", "config_name", "config_path", "experimental_rerun"),
+)
 
 
 def start(main: Callable[[], Any]) -> None:
-    """Check the command line, run it, and leave with an exit code that says how it went."""
-    # Hydra's habit is +experiment=..., which it refuses for a group that stands in the defaults list: take both.
+    """Check the command line, run it, and leave with an exit code that says how it went.
+
+    Args:
+        main: Hydra's way in, for what shows something and runs nothing (`--help`, `--cfg`) and for other configurations.
+    """
+    # Hydra asks for experiment=... without a plus, because the group is in the defaults list; people type both.
     sys.argv[1:] = [re.sub(r"^\+(?=experiment=)", "", argument) for argument in sys.argv[1:]]
-    arguments = get_args_parser().parse_args(sys.argv[1:])
-    shows_something = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info
-    if shows_something or arguments.shell_completion or arguments.config_dir or arguments.experimental_rerun:
+    arguments = parse_arguments(sys.argv[1:])
+    if any(getattr(arguments, option) for option in HYDRAS_OWN):
         main()
         return
     prepare_ray()
     try:
-        with interruptible():
-            _run(check(arguments.overrides, arguments.multirun), arguments.multirun, main)
+        with interruptible(), configuration():
+            command = read(arguments.overrides, arguments.multirun)
+            if any(cell.execution.dry_run for cell in command.cells):
+                console.print(cells_table(describe(command.cells)))
+            elif arguments.multirun:
+                _run_sweep(command)
+            else:
+                run_here(command.composed, lambda _: _run_cell(command.cells[0], single=True))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(WRONG_INPUT) from None
@@ -49,32 +62,34 @@ def start(main: Callable[[], Any]) -> None:
         raise SystemExit(INTERRUPTED) from None
 
 
-def _run(cells: list[Settings], multirun: bool, main: Callable[[], Any]) -> None:
-    if any(settings.execution.dry_run for settings in cells):
-        console.print(cells_table(describe(cells)))
-    elif multirun:
-        register(cells)
-        skipped = {cell.folder for cell in cells if not (cell.execution.force or cell.execution.retry_failed)}
-        left_alone = sum(state(folder)["status"] == "failed" for folder in skipped)
-        try:
-            main()
-        finally:
-            settle(cells)
-        _summarize(cells, left_alone)
-    else:
-        main()
-
-
 def job(cfg: DictConfig) -> float:
-    """Run one cell. In a sweep it has a process of its own, and where it fails the answer is NaN and others go on."""
+    """Run one cell from its composed configuration: in a sweep, wherever the launcher has put it."""
     single = HydraConfig.get().mode == RunMode.RUN
     try:
         settings = Settings.from_config(cfg)
-        if (
-            settings.execution.dry_run
-        ):  # where Hydra was called without a look at the command line, as with --config-dir
-            console.print(cells_table(describe([settings])))
-            return math.nan
+    except InputError as error:
+        return _failed(str(error), single)
+    if settings.execution.dry_run:  # where Hydra was called without a look at the command line, as with --config-dir
+        console.print(cells_table(describe([settings])))
+        return math.nan
+    return _run_cell(settings, single)
+
+
+def _run_sweep(command: CommandLine) -> None:
+    cells = command.cells
+    register(cells)
+    skipped = {cell.folder for cell in cells if not (cell.execution.force or cell.execution.retry_failed)}
+    failed_before = sum(state(folder)["status"] == "failed" for folder in skipped)
+    try:
+        launch(command.composed, job)
+    finally:
+        settle(cells)
+    _summarize(cells, failed_before)
+
+
+def _run_cell(settings: Settings, single: bool) -> float:
+    """Run one cell. In a sweep it has a process of its own, and where it fails the answer is NaN and others go on."""
+    try:
         rows = _rows(settings, single)
     except InputError as error:  # there is nowhere to put a row
         return _failed(str(error), single)
@@ -95,7 +110,8 @@ def _rows(settings: Settings, single: bool) -> list[dict[str, Any]]:
     with interruptible():
         if single and settings.execution.timeout_minutes is None:
             return run_experiment(settings.replace(retry_failed=True))
-        return run_isolated(settings.replace(retry_failed=single or settings.execution.retry_failed), _logs())
+        retry = single or settings.execution.retry_failed
+        return run_isolated(settings.replace(retry_failed=retry), _logs())
 
 
 def _failed(text: str, single: bool) -> float:

@@ -129,8 +129,9 @@ def test_experiments_are_swept_with_or_without_a_plus(name: str, monkeypatch: py
     cells: list[Settings] = []
     monkeypatch.setattr(cli, "register", lambda _: None)
     monkeypatch.setattr(cli, "_summarize", lambda found, _: cells.extend(found))
+    monkeypatch.setattr(cli, "launch", lambda _cfg, _job: None)
     monkeypatch.setattr(sys, "argv", ["run.py", "-m", name])
-    cli.start(lambda: None)
+    cli.start(lambda: pytest.fail("Hydra's main is not for runs"))
     assert len(cells) == 11 * 3 * 2 * 3
     assert len({cell.digest for cell in cells}) == 10 * 3 * 2 * 3 + 1  # one unquantized reference
     assert {cell.execution.study for cell in cells} == {"tiny"}

@@ -75,6 +75,8 @@ def test_a_dry_run_lists_the_cells_and_starts_nothing(
     bits = "bits=2,3,4,5" if sweep else "bits=2"
     arguments = [*sweep, "method=rtn", "group_size=16", bits, f"results={tmp_path / 'new'}", "dry_run=true"]
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    for starts_something in ("launch", "run_here"):
+        monkeypatch.setattr(cli, starts_something, lambda *_: pytest.fail("nothing may run"))
     cli.start(lambda: pytest.fail("nothing may run"))
     first = capsys.readouterr().out
     assert f"{4 if sweep else 1} missing" in first
@@ -199,8 +201,9 @@ def test_a_sweep_leaves_failed_cells_alone_and_says_so(
         (["retry_failed=true"], "2 of 3 cells failed: retry_failed=true runs them again"),
     ):
         monkeypatch.setattr(sys, "argv", ["run.py", "-m", *arguments, *extra])
+        monkeypatch.setattr(cli, "launch", lambda _cfg, _job: None)
         with pytest.raises(SystemExit) as leaving:
-            cli.start(lambda: None)
+            cli.start(lambda: pytest.fail("Hydra's main is not for runs"))
         assert leaving.value.code == cli.FAILED
         printed = capsys.readouterr().out
         assert sentence in printed
