@@ -15,7 +15,9 @@ from quantease.grid import GridSpec
 from quantease.layer import LayerSolver
 from runners.benchmark.layers import WIDTHS
 from runners.models.blocks import InMemoryModel
-from runners.quantization.layerwise import Plan, Quantization
+from runners.quantization.calibration_activations import CalibrationActivations
+from runners.quantization.calibration_modes import QuantizedInputs
+from runners.quantization.layerwise import Quantization
 from runners.timing import Meter, Phases
 
 Size = Literal["125m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b"]  # not 350m, which alone has another architecture
@@ -57,9 +59,9 @@ def measure_model(size: Size, method: str, sequences: int, length: int, device: 
     with Meter(device) as meter:
         with phases.of("load"):
             model = random_opt(size, device)
-        plan = Plan(METHODS[method], GridSpec(3))
         batch_size = max(1, BATCH_TOKENS // length)
-        quantization = Quantization(InMemoryModel(model), ids, plan, batch_size=batch_size, phases=phases)
+        activations = CalibrationActivations(InMemoryModel(model), ids, batch_size, phases=phases)
+        quantization = Quantization(QuantizedInputs(activations), METHODS[method], GridSpec(3))
         records = quantization.run(lambda _: None)
     parts = {f"{phase}_seconds": value for phase, value in phases.seconds.items()}
     parameters = sum(parameter.numel() for parameter in model.parameters())

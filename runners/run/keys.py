@@ -11,8 +11,12 @@ from runners.storage.fingerprint import checkpoint_fingerprint, code_fingerprint
 
 OF_ACTIVATIONS = (  # the code that makes them
     "runners/models/blocks.py",
+    "runners/models/bypass.py",
+    "runners/models/host_memory.py",
     "runners/models/activations.py",
     "runners/quantization/input_statistics.py",
+    "runners/quantization/calibration_activations.py",
+    "runners/quantization/calibration_modes.py",
     "runners/models/streaming.py",
     "quantease/matmul.py",
 )

@@ -10,15 +10,18 @@ import torch
 
 from runners.config.settings import Settings
 from runners.console import progress
+from runners.data.calibration import Sequences
 from runners.evaluation.blockwise import BlockwiseEvaluation, ReferenceCache
 from runners.evaluation.likelihood import perplexity
 from runners.evaluation.zero_shot import measure_tasks, whole_model
 from runners.models.blocks import BlockSource, linear_layers
 from runners.models.memory import Memory, out_of_memory
 from runners.models.streaming import open_model
+from runners.quantization.calibration_activations import CalibrationActivations
+from runners.quantization.calibration_modes import CalibrationMode, FullPrecisionInputs, QuantizedInputs
 from runners.quantization.finished_blocks import FinishedBlocks, delete_finished_blocks
 from runners.quantization.input_statistics import StatisticsCache
-from runners.quantization.layerwise import Plan, Quantization
+from runners.quantization.layerwise import Quantization
 from runners.results.layers import LayerRecord, summary
 from runners.run.keys import model_key, resume_identity, statistics_key
 from runners.run.preflight import Inputs
@@ -63,15 +66,11 @@ class Work:
             return dict.fromkeys(nothing, 0.0) | {"bits_per_weight": stored_bits, "bits_per_parameter": stored_bits}
         phases = Phases(self.inputs.device)
         quantization = Quantization(
-            self.source,
-            sequences.used,
-            self._plan(),
-            batch_size=self.inputs.batch_size,
-            held_out=sequences.held_out,
-            blocks=self.blocks,
-            shared=StatisticsCache(self.cache, statistics_key(self.settings, self.inputs), self.inputs.device),
-            memory=self.memory,
-            phases=phases,
+            self._calibration_mode(sequences, phases),
+            self.settings.run.solver,
+            self.settings.run.grid,
+            stored_bits=stored_bits,
+            finished=self.blocks,
         )
         blocks = self.source.blocks
         with (
@@ -92,15 +91,16 @@ class Work:
             "checkpoint/sha256": self.blocks.sha256,
         }
 
-    def _plan(self) -> Plan:
-        calibration = self.settings.run.calibration
-        return Plan(
-            self.settings.run.solver,
-            self.settings.run.grid,
-            true_sequential=calibration.true_sequential,
-            full_precision=calibration.inputs == "full_precision",
-            stored_bits=self.inputs.checkpoint.stored_bits,
+    def _calibration_mode(self, sequences: Sequences, phases: Phases) -> CalibrationMode:
+        """The inputs that `calibration.inputs` asks for."""
+        batch_size, calibration = self.inputs.batch_size, self.settings.run.calibration
+        activations = CalibrationActivations(
+            self.source, sequences.used, batch_size, sequences.held_out, self.memory, phases
         )
+        if calibration.inputs == "full_precision":
+            key = statistics_key(self.settings, self.inputs)
+            return FullPrecisionInputs(activations, StatisticsCache(self.cache, key, self.inputs.device))
+        return QuantizedInputs(activations, calibration.true_sequential)
 
     def evaluate(self) -> tuple[Metrics, Windows]:
         """Perplexity on every text, and the agreement with the unquantized model; and what each window measured."""

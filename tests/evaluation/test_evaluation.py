@@ -13,11 +13,11 @@ from runners.evaluation.blockwise import BlockwiseEvaluation, ReferenceCache
 from runners.evaluation.likelihood import measure_windows, window_losses
 from runners.models.blocks import InMemoryModel
 from runners.quantization.finished_blocks import FinishedBlocks
-from runners.quantization.layerwise import Plan, Quantization
 from runners.run.experiment import run_cell, run_experiment
 from runners.storage.cache import Cache
 from tests.conftest import ToySettings
 from tests.families import FAMILIES, random_ids, random_model
+from tests.quantize import quantize
 from tests.runs.test_experiment import read_csv
 
 
@@ -41,9 +41,7 @@ def test_the_distance_from_the_unquantized_model(family: str, tmp_path: Path) ->
     """KL and top-1 agreement against float64 sums over the vocabulary, position by position."""
     original, model, ids = random_model(family), random_model(family), random_ids(5)
     blocks = FinishedBlocks(tmp_path, {})
-    Quantization(InMemoryModel(model), random_ids(3), Plan(RTN(), GridSpec(2)), batch_size=3, blocks=blocks).run(
-        lambda _: None
-    )
+    quantize(InMemoryModel(model), random_ids(3), 3, RTN(), GridSpec(2), finished=blocks)
     references = ReferenceCache(Cache(tmp_path / "cache", 1.0), {})
     first = evaluate(random_model(family), blocks=blocks, references=references)
     again = evaluate(random_model(family), blocks=blocks, references=references)

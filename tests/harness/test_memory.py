@@ -18,16 +18,15 @@ from runners.models.activations import BlockActivations
 from runners.models.blocks import InMemoryModel, decoder_blocks
 from runners.models.memory import Memory, out_of_memory
 from runners.quantization import input_statistics as statistics
-from runners.quantization.layerwise import Plan, Quantization
 from tests.families import random_ids, random_model
+from tests.quantize import quantize
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def quantized(solver: LayerSolver, memory: Memory) -> Any:
     model = random_model("llama")
-    plan = Plan(solver, GridSpec(3))
-    Quantization(InMemoryModel(model), random_ids(8), plan, batch_size=8, memory=memory).run(lambda _: None)
+    quantize(InMemoryModel(model), random_ids(8), 8, solver, GridSpec(3), memory=memory)
     return model
 
 

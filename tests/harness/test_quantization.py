@@ -16,15 +16,15 @@ from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from runners.errors import InputError
 from runners.models.blocks import InMemoryModel, decoder_blocks, linear_layers
-from runners.quantization.layerwise import Plan, Quantization
 from runners.results.layers import WARNINGS, LayerRecord, refuse_warnings, summary
 from tests.families import FAMILIES, random_ids, random_model
+from tests.quantize import quantize
 
 
 def run(model, solver: LayerSolver, bits: int = 3, true_sequential: bool = False) -> list[LayerRecord]:
     reported: list[LayerRecord] = []
-    plan = Plan(solver, GridSpec(bits), true_sequential, stored_bits=32)
-    records = Quantization(InMemoryModel(model), random_ids(6), plan, batch_size=4).run(reported.append)
+    options: dict[str, Any] = {"true_sequential": true_sequential, "stored_bits": 32, "report": reported.append}
+    records = quantize(InMemoryModel(model), random_ids(6), 4, solver, GridSpec(bits), **options)
     assert records == reported
     return records
 
@@ -159,11 +159,9 @@ def test_a_layer_whose_inputs_are_not_finite_is_left_alone_and_the_run_ends_ther
     model = random_model("llama")
     block_of(model, 0).mlp.up_proj.weight.fill_(1e38)
     reported: list[LayerRecord] = []
-    quantization = Quantization(
-        InMemoryModel(model), random_ids(6), Plan(RTN(), GridSpec(8, scale_bits=32)), batch_size=4
-    )
+    spec = GridSpec(8, scale_bits=32)
     with pytest.raises(InputError, match="activations that leave block 0 are not finite"):
-        quantization.run(reported.append)
+        quantize(InMemoryModel(model), random_ids(6), 4, RTN(), spec, report=reported.append)
     (left,) = (record for record in reported if record.left_alone)
     assert (left.layer, left.notes, left.non_finite) == ("mlp.down_proj", "its activations are not finite", True)
 

@@ -21,9 +21,9 @@ from runners.models.blocks import InMemoryModel, decoder_blocks
 from runners.models.checkpoint import Model, load, open_checkpoint
 from runners.models.streaming import StreamedModel, open_model
 from runners.quantization.finished_blocks import FinishedBlocks
-from runners.quantization.layerwise import Plan, Quantization
 from tests.conftest import PROJECT
 from tests.families import FAMILIES, random_ids, random_model
+from tests.quantize import quantize
 
 CPU = torch.device("cpu")
 
@@ -84,9 +84,8 @@ def test_streamed_and_whole_models_give_the_same(family: str, tmp_path: Path) ->
     settings = saved(whole, tmp_path / "model")
     source = open_model(open_checkpoint(settings), settings, CPU)
     blocks = FinishedBlocks(tmp_path, {})
-    plan = Plan(RTN(), GridSpec(3))
-    records = Quantization(source, random_ids(3), plan, batch_size=2, blocks=blocks).run(lambda _: None)
-    expected = Quantization(InMemoryModel(whole), random_ids(3), plan, batch_size=2).run(lambda _: None)
+    records = quantize(source, random_ids(3), 2, RTN(), GridSpec(3), finished=blocks)
+    expected = quantize(InMemoryModel(whole), random_ids(3), 2, RTN(), GridSpec(3))
     assert [(r.block, r.layer, r.relative_error) for r in records] == [
         (r.block, r.layer, r.relative_error) for r in expected
     ]

@@ -1,0 +1,195 @@
+"""Solve the layers of one input group, write their quantized weights into the model, and measure the errors.
+
+Layers that share an input share its Hessian. A method that treats every row of a weight alone is given all of them at once,
+their rows stacked: one factorization of the Hessian serves the group. Any other method is given one layer at a time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from quantease.grid import GridSpec
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported, join_rows, objective
+from runners.errors import InputError
+from runners.models.blocks import LinearLayer
+from runners.models.memory import Memory, Remedy
+from runners.quantization.input_statistics import InputStatistics
+from runners.results.layers import LayerRecord
+from runners.timing import Phases, clock
+
+
+class LayerGroup:
+    """The layers of one input group, and a copy of their weights.
+
+    The copy is what an attempt after an out-of-memory error starts from: the one before it may have overwritten some of the
+    model's weights.
+
+    Args:
+        block: index of the decoder block.
+        layers: the group's layers by name, in the order in which the block uses them.
+        statistics: of the input that they share.
+    """
+
+    def __init__(self, block: int, layers: dict[str, LinearLayer], statistics: InputStatistics) -> None:
+        self.block, self.layers, self.statistics = block, layers, statistics
+        self.weights = {name: layer.weight.clone() for name, layer in layers.items()}  # (out, in) each
+
+    @property
+    def rows(self) -> int:
+        """Output features of all layers together."""
+        return sum(map(len, self.weights.values()))
+
+    def problem(self, names: tuple[str, ...]) -> LayerProblem:
+        """The layer problem of some of the layers, their rows stacked in the order of `names`."""
+        siblings = tuple(weight for name, weight in self.weights.items() if name not in names)
+        weight = torch.cat([self.weights[name].float() for name in names])
+        statistics = self.statistics
+        return LayerProblem(weight, statistics.hessian, mean_input=statistics.mean_input, siblings=siblings)
+
+
+@dataclass(frozen=True, eq=False)
+class SolvedLayer:
+    """The record of a layer, and its quantized weights; None: the layer keeps its own."""
+
+    record: LayerRecord
+    quantized: QuantizedLayer | None = None
+
+
+@dataclass(frozen=True)
+class GroupSolver:
+    """A method and a grid, applied to one input group after the other.
+
+    Attributes:
+        solver: the method.
+        spec: the grid.
+        stored_bits: bits per weight of a layer that keeps its own weights.
+        memory: in how many slices of rows a layer is solved; made more where memory runs out.
+        phases: counts the seconds under `solve`.
+        free_gpu: a remedy that moves whatever else is on the GPU to host memory.
+    """
+
+    solver: LayerSolver
+    spec: GridSpec
+    stored_bits: float
+    memory: Memory
+    phases: Phases
+    free_gpu: Remedy
+
+    def solve(self, group: LayerGroup) -> Iterator[SolvedLayer]:
+        """Quantize the layers of a group in the model; those with non-finite inputs are left alone.
+
+        Raises:
+            Unsupported: the method cannot do what the grid asks.
+            InputError: a layer cannot be put on the grid, or memory ran out for good.
+        """
+        if not group.statistics.finite:
+            for name in group.layers:
+                yield self._left_alone(group, name, "its activations are not finite")
+            return
+        rows_independent = self.solver.rows_independent
+        remedies = [self.free_gpu]  # first: moving activations changes no sum
+        if rows_independent:
+            remedies.append(self.memory.thinner_slices(group.rows))
+        for names in [tuple(group.layers)] if rows_independent else [(name,) for name in group.layers]:
+            where = f"{', '.join(names)} in block {group.block}"
+            with self.phases.of("solve"):
+                attempt = partial(self._solve_stacked, group, names, where)
+                solved = self.memory.retry(f"in the solver of {where}", attempt, *remedies)
+            yield from solved
+
+    def _solve_stacked(self, group: LayerGroup, names: tuple[str, ...], where: str) -> list[SolvedLayer]:
+        """Solve layers whose rows are stacked, and divide the answer among them. Repeatable: see `LayerGroup`."""
+        problem = group.problem(names)
+        device = problem.hessian.device
+        start = clock(device)
+        answer = self._answer(problem, where)
+        seconds_per_row = (clock(device) - start) / len(problem.weight)
+        solved, first = [], 0
+        for name in names:
+            rows = slice(first, first := first + len(group.weights[name]))
+            # An answer with outliers cannot be divided by rows, so a layer that is alone keeps it as it is.
+            quantized = answer.select_rows(rows) if len(names) > 1 else answer
+            own = replace(problem, weight=problem.weight[rows])
+            solved.append(self._write(group, name, own, quantized, seconds_per_row * len(own.weight)))
+        return solved
+
+    def _answer(self, problem: LayerProblem, where: str) -> QuantizedLayer:
+        """The method's answer, from slices of the rows where memory was short: exact, as the rows are independent."""
+        slices = self.memory.row_slices if self.solver.rows_independent else 1
+        try:
+            parts = [replace(problem, weight=rows) for rows in problem.weight.chunk(slices)]
+            return join_rows([self.solver.solve(part, self.spec) for part in parts])
+        except Unsupported as error:
+            raise Unsupported(f"{where}: {error}") from error
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from error
+
+    def _write(
+        self, group: LayerGroup, name: str, problem: LayerProblem, quantized: QuantizedLayer, seconds: float
+    ) -> SolvedLayer:
+        """Write a layer's quantized weights into the model, and measure what they cost as the model has them."""
+        weight = quantized.weight
+        if not torch.isfinite(weight).all():
+            return self._left_alone(group, name, f"{type(self.solver).__name__} gave weights that are not finite")
+        layer, statistics = group.layers[name], group.statistics
+        layer.replace(weight)
+        held_out = None
+        if statistics.held_out is not None:
+            held_out = self._relative_error(problem.weight, layer.weight, statistics.held_out)
+        record = LayerRecord(
+            block=group.block,
+            layer=name,
+            out_features=problem.weight.shape[0],
+            in_features=problem.weight.shape[1],
+            relative_error=self._relative_error(problem.weight, layer.weight, statistics.hessian),
+            held_out_error=held_out,
+            seconds=seconds,
+            bits_per_weight=quantized.bits_per_weight,
+            outlier_ratio=quantized.outlier_ratio,
+            damping=quantized.damping,
+            damping_raised=quantized.damping_raised,
+            dead_columns=problem.dead_columns,
+            clipped_scales=quantized.grid.clipped_scales,
+            notes="; ".join(quantized.notes),
+            history=quantized.history,
+        )
+        return SolvedLayer(record, quantized)
+
+    def _relative_error(self, original: Tensor, written: Tensor, hessian: Tensor) -> float:
+        """||W X - W_hat X||^2 / ||W X||^2; 0 where the layer's output is zero anyway.
+
+        Args:
+            original: W (out, in), float32.
+            written: W_hat (out, in) as the model has it, so with the rounding to the model's dtype.
+            hessian: the mean of x x^T (in, in).
+        """
+        error = energy = 0.0
+        slices = self.memory.row_slices  # here, too: D H is as large as W
+        for w, w_hat in zip(original.chunk(slices), written.chunk(slices), strict=True):
+            error += objective(w_hat.float() - w, hessian)
+            energy += objective(w, hessian)
+        return error / energy if energy > 0 else 0.0
+
+    def _left_alone(self, group: LayerGroup, name: str, why: str) -> SolvedLayer:
+        return left_alone(group.block, name, group.layers[name], self.stored_bits, why, non_finite=True)
+
+
+def left_alone(
+    block: int, name: str, layer: LinearLayer, stored_bits: float, why: str, non_finite: bool = False
+) -> SolvedLayer:
+    """A layer that keeps its own weights, and the reason, which its record tells."""
+    out_features, in_features = layer.weight.shape
+    record = LayerRecord(
+        block=block,
+        layer=name,
+        out_features=out_features,
+        in_features=in_features,
+        bits_per_weight=stored_bits,
+        non_finite=non_finite,
+        left_alone=True,
+        notes=why,
+    )
+    return SolvedLayer(record)
