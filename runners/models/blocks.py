@@ -1,4 +1,4 @@
-"""The blocks of a decoder and their linear layers. No family of models is known by name: blocks are found by their class."""
+"""Decoder blocks and their linear layers. No family of models is known by name: blocks are found by their class."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,33 +15,34 @@ from runners.errors import InputError
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """A linear layer of a block, seen as (out, in), however its module stores the weight."""
+    """A linear layer of a decoder block, seen as (out, in) however its module stores the weight."""
 
     module: nn.Linear | Conv1D
 
     @property
     def weight(self) -> Tensor:
-        """The weight (out, in), in the model's dtype: a view of the module's."""
+        """The weight (out, in) in the model's dtype: a view, so that writing to it changes the module."""
         weight = self.module.weight.detach()
         return weight.T if isinstance(self.module, Conv1D) else weight  # GPT-2 stores (in, out)
 
     @property
     def in_features(self) -> int:
+        """Columns of the weight."""
         return self.weight.shape[1]
 
     def replace(self, weight: Tensor) -> None:
-        """Write `weight` (out, in) into the module, in its dtype."""
+        """Write `weight` (out, in) into the module, rounded to its dtype."""
         self.weight.copy_(weight)
 
 
 def decoder_blocks(model: Any) -> nn.ModuleList:
-    """The list of a decoder's blocks.
+    """The decoder blocks of a causal language model: its one list of as many modules as config.json has layers.
 
     Raises:
         InputError: there is no such list, or its blocks hold matrices that are not in linear layers.
     """
     count = model.config.get_text_config().num_hidden_layers
-    names = set(model._no_split_modules or ())
+    names = set(model._no_split_modules or ())  # classes that transformers never divides among devices: blocks
     for module in model.modules():
         is_list = isinstance(module, nn.ModuleList) and len(module) == count
         if is_list and all(type(block).__name__ in names for block in module):
@@ -51,20 +52,20 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
 
 
 def linear_layers(block: nn.Module) -> dict[str, LinearLayer]:
-    """The linear layers of a block by name."""
+    """The linear layers of a decoder block by name, in the order of its modules."""
     modules = block.named_modules()
     return {name: LinearLayer(module) for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
 
 
-def replace_weights(block: Any, answers: dict[str, QuantizedLayer]) -> None:
-    """Give the layers of a block the weights that their codes stand for."""
+def replace_weights(block: nn.Module, quantized: dict[str, QuantizedLayer]) -> None:
+    """Write the dequantized weights of quantized layers, by name, into a decoder block."""
     layers = linear_layers(block)
-    for name, answer in answers.items():
-        layers[name].replace(answer.weight)
+    for name, layer in quantized.items():
+        layers[name].replace(layer.weight)
 
 
 def _refuse_hidden_matrices(model: nn.Module, block: nn.Module) -> None:
-    """Weights outside linear layers (fused experts, say) would stay unquantized without anybody noticing."""
+    """Refuse weights outside linear layers (fused experts, say), which would stay unquantized without a word."""
     inside = {f"{name}.weight" for name in linear_layers(block)}
     for name, parameter in block.named_parameters():
         if parameter.ndim >= 2 and name not in inside:
@@ -75,20 +76,24 @@ def _refuse_hidden_matrices(model: nn.Module, block: nn.Module) -> None:
 
 
 class BlockSource(Protocol):
-    """A model, and the means to have the weights of one of its blocks in memory."""
+    """A model, and a way to have the weights of one of its decoder blocks in memory.
+
+    Attributes:
+        tuple_lengths: of what each class of blocks returns; 0: no tuple but a tensor. `runners.models.bypass` fills it in.
+    """
 
     model: Any
     blocks: nn.ModuleList
     device: torch.device
-    tuple_lengths: dict[type, int]  # what `runners.models.activations` has learned of the blocks
+    tuple_lengths: dict[type, int]
 
     def open_block(self, index: int) -> AbstractContextManager[nn.Module]:
-        """Block `index` with its original weights, for the time of the context."""
+        """Decoder block `index` with its original weights, for the time of the context."""
         ...
 
 
 class InMemoryModel:
-    """A model that is in memory as a whole. Its blocks keep what is written to them."""
+    """A model that is in memory as a whole. Its decoder blocks keep what is written to them, unlike those of a file."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -98,5 +103,5 @@ class InMemoryModel:
 
     @contextmanager
     def open_block(self, index: int) -> Iterator[nn.Module]:
-        """Block `index`, which is there anyway."""
+        """Decoder block `index`, whose weights are in memory anyway."""
         yield self.blocks[index]

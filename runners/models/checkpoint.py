@@ -19,7 +19,7 @@ from runners.models.verify import check_config, check_tensors, check_tokenizer, 
 
 log = logging.getLogger(__name__)
 
-LONGEST = 2048  # tokens of a sequence, the field's convention for calibration and perplexity
+MAX_SEQUENCE_LENGTH = 2048  # tokens: the papers' convention for calibration and perplexity
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -58,7 +58,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on this disk that looks sound: its files are there, whole, and of an architecture that can be walked.
+    """A checkpoint on this disk whose files have passed all checks, of an architecture whose decoder blocks are found.
 
     Attributes:
         skeleton: the model without its weights (on the meta device).
@@ -77,7 +77,7 @@ class Checkpoint:
 
     @property
     def stored_bits(self) -> int:
-        """Bits of a weight in the checkpoint."""
+        """Bits per weight in the checkpoint."""
         return torch.finfo(self.config.dtype or torch.float32).bits
 
     @property
@@ -109,7 +109,7 @@ def open_checkpoint(model: Model) -> Checkpoint:
 
 
 def load(checkpoint: Checkpoint, model: Model, device: torch.device) -> nn.Module:
-    """The model with its weights, on `device`, ready for inference.
+    """The model with all its weights on `device`, ready for inference.
 
     Raises:
         InputError: a weight is missing, has another shape than config.json says, or is not finite.
@@ -247,10 +247,10 @@ def _shards(index: Path) -> list[Path]:
 def _sequence_length(config: Any) -> int:
     """The longest sequence the model was made for, at most 2,048. BLOOM (alibi) calls it seq_length, or nothing."""
     text = config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "seq_length", None) or LONGEST
+    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "seq_length", None) or MAX_SEQUENCE_LENGTH
     if type(longest) is not int or longest < 2:
         raise InputError(f"config.json says that the model takes {longest!r} tokens: it must be a number of at least 2")
-    return min(longest, LONGEST)
+    return min(longest, MAX_SEQUENCE_LENGTH)
 
 
 def _one_line(error: Exception) -> str:

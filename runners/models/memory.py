@@ -1,6 +1,7 @@
-"""What a run does when memory runs out: it makes one thing smaller, says so, and tries again.
+"""When memory runs out: hold less at once, record what was reduced, and try again.
 
-Nothing here changes what is computed, but for the order of sums. The steps are recorded with the result.
+Only how the work is divided changes, and with it the order of sums, never what is computed. The steps are recorded with the
+result, and a resumed run begins with the same division, so that it ends with the same bits.
 """
 
 import ctypes
@@ -18,24 +19,33 @@ from runners.errors import InputError
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Remedy = Callable[[], str | None]  # makes something smaller and says what; None: it is as small as it gets
+Remedy = Callable[[], str | None]  # reduces something and returns what, in words; None: it cannot be reduced further
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
-LARGE = 2**22  # bytes
-MOST_PARTS = 64  # of a Hessian, and slices of a layer: smaller ones would not free anything that counts
-WORDS = ("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Cannot allocate")
+# Bytes from which on malloc gives an allocation a mapping of its own, which goes back to the system when freed. The weights
+# of decoder blocks are larger; most tensors of a forward pass, for which mappings would be slow, are not.
+LARGE = 2**22
+MAX_PARTS = 64  # of a Hessian, and slices of a layer: further ones would free less than 2 % of it
+# What PyTorch's allocators say. On the CPU an allocation that fails is a RuntimeError like any other.
+OUT_OF_MEMORY_PHRASES = (
+    "not enough memory",
+    "can't allocate memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cannot allocate",
+)
 
 
 @dataclass
 class Memory:
-    """How much is held at once.
+    """How much is held in memory at once, and what was reduced.
 
     Attributes:
-        batch_size: sequences that go through a block together; None: as many as come together.
-        offload: keep the activations in host memory; None: only where they would crowd the GPU.
-        hessian_parts: in how many parts the products of a Hessian are added to it.
-        row_slices: in how many slices of rows a layer is solved. Rows are independent, so this is exact.
-        steps: what was made smaller, in words.
+        batch_size: sequences that go through a decoder block together; None: the whole batch that is held.
+        offload: whether the activations are in host memory; None: decided by the first batch.
+        hessian_parts: in how many parts a batch's contribution is added to a Hessian.
+        row_slices: in how many slices of rows a layer is solved, if its rows are independent: then this is exact.
+        steps: what was reduced, and when, in words.
     """
 
     batch_size: int | None = None
@@ -45,10 +55,18 @@ class Memory:
     steps: list[str] = field(default_factory=list)
 
     def retry(self, what: str, run: Callable[[], T], *remedies: Remedy) -> T:
-        """Run it, as often as memory runs out and a remedy, the first that is left, makes something smaller.
+        """Call `run`; each time memory runs out, apply the first remedy that still reduces something, and call it again.
+
+        Args:
+            what: when this happens, for messages, such as "in the calibration of block 3".
+            run: must be repeatable after an error.
+            remedies: in the order in which they are to be tried.
+
+        Returns:
+            What `run` returns.
 
         Raises:
-            InputError: memory runs out and nothing is left to make smaller.
+            InputError: memory ran out and nothing is left to reduce.
         """
         while True:
             try:
@@ -56,8 +74,9 @@ class Memory:
             except Exception as error:
                 if not out_of_memory(error):
                     raise
-                error.__traceback__ = None  # its frames hold what did not fit
+                error.__traceback__ = None  # its frames keep alive the tensors that did not fit
                 reason = str(error).split("\n")[0][:200]
+            # Outside the except clause, where the error and its frames are gone: what they held can be freed now.
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -71,7 +90,7 @@ class Memory:
             self.steps.append(f"{what}: {step}")
 
     def smaller_batches(self, largest: int) -> Remedy:
-        """Halve the sequences that go through a block together, of `largest` at first."""
+        """A remedy: halve the number of sequences that go through a decoder block together, `largest` at first."""
 
         def remedy() -> str | None:
             if (size := self.batch_size or largest) == 1:
@@ -82,17 +101,17 @@ class Memory:
         return remedy
 
     def smaller_hessian_parts(self) -> str | None:
-        """Add a Hessian's products in four times as many parts."""
-        if self.hessian_parts >= MOST_PARTS:
+        """A remedy: add to Hessians in four times as many parts, each a quarter of the memory beside the Hessian."""
+        if self.hessian_parts >= MAX_PARTS:
             return None
         self.hessian_parts *= 4
         return f"Hessians in {self.hessian_parts} parts"
 
     def thinner_slices(self, rows: int) -> Remedy:
-        """Solve layers in twice as many slices of their rows."""
+        """A remedy: solve layers, of `rows` rows, in twice as many slices of their rows."""
 
         def remedy() -> str | None:
-            if self.row_slices >= min(MOST_PARTS, rows):
+            if self.row_slices >= min(MAX_PARTS, rows):
                 return None
             self.row_slices *= 2
             return f"layers in {self.row_slices} slices of rows"
@@ -101,30 +120,33 @@ class Memory:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What must be the same for a run that goes on to end with the same bits."""
+        """What a resumed run must begin with to end with the same bits; goes into JSON."""
         names = ("batch_size", "offload", "hessian_parts", "row_slices", "steps")
         return {name: getattr(self, name) for name in names}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over the state of the run that this one goes on with."""
+        """Take over the `state` of the interrupted run that this one resumes."""
         for name, value in state.items():
             setattr(self, name, list(value) if name == "steps" else value)
 
 
 def configure_malloc() -> None:
-    """Have glibc return large tensors to the system as they are freed: it would keep ever more of them, in pieces."""
+    """Have glibc return large tensors to the system when they are freed.
+
+    By default its threshold grows with the largest tensor freed, so that ever more of them stay in the heap, in pieces.
+    """
     with suppress(AttributeError, OSError):  # another libc
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def trim_malloc() -> None:
-    """Return freed memory to the system. glibc keeps what lies between blocks in use, a little more with every block."""
+    """Return freed memory to the system. glibc keeps free pieces between pieces in use, more with every decoder block."""
     with suppress(AttributeError, OSError):  # another libc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether that is what went wrong, on the GPU or on the CPU (where it is a RuntimeError like any other)."""
+    """Whether an error says that memory ran out, on the GPU or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in WORDS)
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in OUT_OF_MEMORY_PHRASES)

@@ -1,8 +1,8 @@
-"""What a checkpoint's files must agree on before transformers reads them, which would believe any of them.
+"""Checks of a checkpoint's files before transformers reads them, which trusts all of them.
 
-config.json is believed by nobody's word: it could ask for a billion layers, for other files than those that name the run,
-or for weights that are quantized already. What cannot be seen in the files is not claimed: safetensors has no checksum, so
-a changed weight is another checkpoint, and its run has another fingerprint.
+A config.json is not trusted here: it could ask for a billion layers, for files that the run's fingerprint does not cover,
+or say that the weights are quantized already. Damage that the files do not show is not found: safetensors has no checksum,
+so a checkpoint with a changed weight is another checkpoint, with another fingerprint.
 """
 
 import json
@@ -16,15 +16,26 @@ from safetensors import SafetensorError, safe_open
 
 from runners.errors import InputError
 
-WEIGHTS = ("F32", "F16", "BF16")  # the types of a weight; anything else would be converted number by number
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what families call the number of their blocks
-PATIENCE = 120  # seconds to read a tokenizer
+WEIGHT_TYPES = (
+    "F32",
+    "F16",
+    "BF16",
+)  # any other type (int8, float8) holds codes, which are no weights without their scales
+LAYER_COUNTS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+)  # families' names for the number of decoder blocks
+TOKENIZER_TIMEOUT = 120  # seconds; reading takes one, or ten where the disk and all cores are busy
 READ_TOKENIZER = (
     "import sys; from tokenizers import Tokenizer; Tokenizer.from_file(sys.argv[1]).encode('Read, 1 text.')"
 )
-NO_COUNTS = ("max_window_layers",)  # where attention windows begin: Qwen's default is beyond small models
-MANY = 10_000  # of anything but layers that a config may count: heads, experts, labels
-REFUSED = {
+NOT_COUNTS = (
+    "max_window_layers",
+)  # the block where attention windows begin: Qwen's default exceeds small models' blocks
+MAX_COUNT = 10_000  # of anything but layers (heads, experts, labels): more than any model has, and harmless to build
+REFUSED_ENTRIES = {
     "quantization_config": "says that the weights are quantized already: take the unquantized checkpoint",
     "transformers_weights": "takes its weights from a file of its own choice: delete that entry",
     "configuration_files": "stands for other files, which are not part of the run's identity: delete that entry",
@@ -32,7 +43,7 @@ REFUSED = {
 
 
 def check_tensors(files: list[Path]) -> int:
-    """Refuse safetensors files that are damaged, hold a tensor twice, or a weight that is no floating-point number.
+    """Refuse safetensors files that are damaged, hold a tensor twice, or hold weights that are not floating-point.
 
     Returns:
         How many tensors they hold.
@@ -47,17 +58,20 @@ def check_tensors(files: list[Path]) -> int:
                 raise InputError(
                     f"the weight {name} is in {found[name]} and in {file.name}: only one of them can be true"
                 )
-            if name.endswith(".weight") and dtype not in WEIGHTS:
-                raise InputError(f"the weight {name} in {file} is of type {dtype}, not one of {', '.join(WEIGHTS)}")
+            if name.endswith(".weight") and dtype not in WEIGHT_TYPES:
+                raise InputError(
+                    f"the weight {name} in {file} is of type {dtype}, not one of {', '.join(WEIGHT_TYPES)}"
+                )
             found[name] = file
     return len(found)
 
 
 def check_config(folder: Path, tensors: int) -> None:
-    """Refuse a config.json that asks for something else than the files beside it hold.
+    """Refuse a config.json that asks for anything but what the files in its folder hold.
 
     Args:
-        tensors: how many there are in the weights' files; no model has more layers.
+        folder: of the checkpoint.
+        tensors: how many the safetensors files hold. No model has more layers than tensors.
 
     Raises:
         InputError: naming the entry.
@@ -74,8 +88,8 @@ def check_config(folder: Path, tensors: int) -> None:
     if not isinstance(config, dict):
         raise InputError(f"{file} is not a JSON object, so it does not describe a model")
     for key, value in _entries(config):
-        if value is not None and key in REFUSED:
-            raise InputError(f"{key} in {file} {REFUSED[key]}")
+        if value is not None and key in REFUSED_ENTRIES:
+            raise InputError(f"{key} in {file} {REFUSED_ENTRIES[key]}")
         if key.endswith("implementation") and "/" in str(value):
             raise InputError(
                 f"{key} in {file} is {value}, code of a hub repository, which is not run: delete that entry"
@@ -85,10 +99,11 @@ def check_config(folder: Path, tensors: int) -> None:
 
 
 def refuse_unused(folder: Path, names: Iterable[str]) -> None:
-    """Refuse weights that the model has no place for: it would run without them, a layer short.
+    """Refuse weights that the model has no place for: it would run without them.
 
     Args:
-        names: tensors that were not loaded. Only those of weights count: old files also hold masks and frequencies.
+        folder: of the checkpoint.
+        names: tensors that were not loaded. Only weights count: old files also hold masks and rotary frequencies.
 
     Raises:
         InputError: naming the first.
@@ -101,7 +116,9 @@ def refuse_unused(folder: Path, names: Iterable[str]) -> None:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Refuse a tokenizer.json that cannot be read; some damaged ones abort the process, so that another one tries first.
+    """Refuse a tokenizer.json that cannot be read.
+
+    Another process tries first, as some damaged files abort the process that reads them.
 
     Raises:
         InputError: saying why.
@@ -109,13 +126,21 @@ def check_tokenizer(folder: Path) -> None:
     file = folder / "tokenizer.json"
     if not file.is_file():
         return
+    # -P: nothing is imported from the current folder, which may hold the checkpoint.
     command = [sys.executable, "-P", "-c", READ_TOKENIZER, str(file)]
     try:
         answer = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, stdin=subprocess.DEVNULL
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TOKENIZER_TIMEOUT,
+            stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired:
-        raise InputError(f"{file} cannot be loaded: a tokenizer is not read within {PATIENCE} seconds") from None
+        raise InputError(
+            f"{file} cannot be loaded: a tokenizer is not read within {TOKENIZER_TIMEOUT} seconds"
+        ) from None
     if answer.returncode:
         said = [line for line in answer.stderr.splitlines() if line.strip()] or ["no reason given"]
         raise InputError(
@@ -124,16 +149,16 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def _check_count(file: Path, key: str, value: int, tensors: int) -> None:
-    if key in LAYERS and value < 1:
+    if key in LAYER_COUNTS and value < 1:
         raise InputError(f"{key} in {file} is {value}: a model has at least one layer")
-    if key.endswith(("layer", "layers")) and key not in NO_COUNTS and value > tensors:
+    if key.endswith(("layer", "layers")) and key not in NOT_COUNTS and value > tensors:
         raise InputError(f"{key} in {file} is {value}, but the weights are only {tensors} tensors")
-    if key.startswith("num_") and value > max(MANY, tensors):
+    if key.startswith("num_") and value > max(MAX_COUNT, tensors):
         raise InputError(f"{key} in {file} is {value}, more than any model has")
 
 
 def _entries(config: Any) -> Iterator[tuple[str, Any]]:
-    """All entries of a config and of the configs in it."""
+    """All entries of a config and of the configs nested in it, without recursion: a file may nest deeper than Python can."""
     waiting = [config]
     while waiting:
         node = waiting.pop()
@@ -145,7 +170,7 @@ def _entries(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _tensors(file: Path) -> list[tuple[str, str]]:
-    """Names and types of a file's tensors. safetensors itself refuses gaps, overlaps and a wrong length."""
+    """Names and types of a file's tensors. safetensors refuses gaps, overlaps and a wrong length by itself."""
     try:
         with safe_open(file, framework="pt") as opened:
             return [(name, opened.get_slice(name).get_dtype()) for name in opened.keys()]  # noqa: SIM118 - no mapping

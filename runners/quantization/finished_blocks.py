@@ -1,8 +1,8 @@
-"""The finished blocks of a run, on disk: what a run that was killed goes on from.
+"""Finished blocks: the quantized decoder blocks of a run on disk, from which an interrupted run resumes.
 
-`checkpoint/identity.json` says what the blocks are of. Each block is a safetensors file with its codes, scales, zero points
-and outliers, and a manifest with that file's checksum and the records of its layers, written last: a block is finished if
-and only if its manifest is there and its checksum is right.
+`checkpoint/identity.json` names all that the blocks depend on. Each finished block is a safetensors file with its codes,
+scales, zero points and outliers, and a manifest with that file's checksum and the records of its layers. The manifest is
+written last: a block is finished if and only if its manifest is there and the checksums are right.
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ FOLDER = "checkpoint"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of a finished block.
+    """What a run needs to know of a finished block to continue as if it had just quantized it.
 
     Attributes:
-        sha256: of its safetensors file.
-        records: of its layers.
-        memory: `Memory.state` with which the block was left.
-        seconds: spent on it, by phase.
+        sha256: checksum of the block's safetensors file.
+        records: results of its layers.
+        memory: `Memory.state` at the end of the block.
+        seconds: spent on the block, by phase.
     """
 
     sha256: str
@@ -46,11 +46,14 @@ class Manifest:
 
 
 class FinishedBlocks:
-    """The blocks of one run, finished one after the other.
+    """The finished blocks of one run, from the first decoder block on without a gap.
 
     Args:
         folder: of the run.
-        identity: all that must be the same for a run to go on: each part by its name.
+        identity: all that must be the same for a run to resume, by name; goes into JSON.
+
+    Attributes:
+        manifests: one per finished block, in order.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
@@ -59,10 +62,13 @@ class FinishedBlocks:
         self.manifests: list[Manifest] = []
 
     def resume(self) -> int:
-        """Read what an earlier process has left behind; returns how many blocks need not be done again.
+        """Find the blocks that an earlier process has finished; a damaged one and all after it are quantized again.
+
+        Returns:
+            How many blocks need not be quantized again.
 
         Raises:
-            InputError: what is there belongs to other settings, code, libraries, model or calibration data.
+            InputError: the blocks belong to other settings, code, libraries, model or calibration data.
         """
         file = self.folder / "identity.json"
         if not file.exists():
@@ -75,7 +81,13 @@ class FinishedBlocks:
         return len(self.manifests)
 
     def save(self, index: int, layers: dict[str, QuantizedLayer], manifest: dict[str, Any]) -> None:
-        """Write a block: its tensors, then its manifest (but for the checksum)."""
+        """Write a finished block: its tensors first, then its manifest.
+
+        Args:
+            index: of the decoder block.
+            layers: its quantized layers; those that keep their own weights are not among them.
+            manifest: fields of `Manifest`, all but the checksum.
+        """
         tensors, metadata = pack(layers)
         write_tensors(self._file(index), tensors, metadata)
         whole = Manifest(sha256=file_sha256(self._file(index)), **manifest)
@@ -85,14 +97,14 @@ class FinishedBlocks:
         self.manifests.append(whole)
 
     def layers(self, index: int, device: str) -> dict[str, QuantizedLayer]:
-        """The quantized layers of a finished block. Layers that were left alone are not among them."""
+        """The quantized layers of finished block `index` on `device`, without those that kept their own weights."""
         with safe_open(self._file(index), framework="pt", device=device) as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dictionary
             return unpack(tensors, opened.metadata())
 
     @property
     def sha256(self) -> str:
-        """The digest of the whole quantized checkpoint: of its blocks' digests, in order."""
+        """The digest of the whole quantized checkpoint: of the finished blocks' digests, in order."""
         return sha256("".join(manifest.sha256 for manifest in self.manifests).encode()).hexdigest()
 
     def _file(self, index: int) -> Path:
@@ -111,11 +123,11 @@ class FinishedBlocks:
             manifest = Manifest(records=records, **written)
             if file_sha256(file) != manifest.sha256:
                 raise ValueError("its checksum is another")
-            self.layers(index, "cpu")
+            self.layers(index, "cpu")  # a right checksum of a file that this version cannot read is of no use
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            # ValueError: JSON and text that are none; RuntimeError: JSON that is too deep, tensors of another shape
+            # ValueError: no JSON, or no text at all; RuntimeError: JSON nested too deeply, or tensors of another shape
             log.warning("block %d in %s is damaged (%s): going on from the block before it", index, self.folder, error)
             return None
         return manifest
@@ -136,7 +148,7 @@ class FinishedBlocks:
 
 
 def delete_finished_blocks(folder: Path) -> None:
-    """Delete the finished blocks of a run's folder."""
+    """Delete the finished blocks of a run, given its folder."""
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
 
 

@@ -1,4 +1,8 @@
-"""Quantized layers as tensors in a file, and back: to the last bit, with codes that take the bits they are said to take."""
+"""Quantized layers as the tensors of a safetensors file, and back, without the loss of a bit.
+
+The format is our own because the published ones cannot hold every method's answer (fractional zero points, column scales,
+sparse outliers), and because the metric `checkpoint/sha256` of stored results is the digest of exactly these bytes.
+"""
 
 import json
 from dataclasses import asdict
@@ -11,12 +15,21 @@ from quantease.grid import Grid, GridSpec
 from quantease.layer import QuantizedLayer
 from quantease.sparse import Outliers
 
-BYTE = 8
+BYTE = 8  # codes whose bits of one plane share a byte
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes (any shape, uint8, less than 2**bits) as bit planes, uint8 (bits, count / 8): `bits` bits a code."""
+    """Codes as bit planes, which take `bits` bits per code whether or not that divides 8.
+
+    Args:
+        codes: uint8 of any shape, each less than 2**bits.
+        bits: per code.
+
+    Returns:
+        uint8 (bits, ceil(count / 8)). Bit k of byte n of plane b is bit b of code 8 n + k.
+    """
     flat = codes.flatten()
+    # -n % 8 zeros fill the last byte; they are cut off when the codes are unpacked.
     padded = torch.nn.functional.pad(flat, (0, -len(flat) % BYTE)).reshape(-1, BYTE)
     planes = []
     for bit in range(bits):
@@ -28,7 +41,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(planes: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The codes (uint8, of `shape`) that `pack_codes` has packed."""
+    """The codes, uint8 of `shape` (out, in), from the planes (bits, ceil(count / 8)) of `pack_codes`."""
     padded = torch.zeros(planes.shape[1], BYTE, dtype=torch.uint8, device=planes.device)
     for bit, plane in enumerate(planes):
         for place in range(BYTE):
@@ -37,18 +50,18 @@ def unpack_codes(planes: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def pack(layers: dict[str, QuantizedLayer]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The layers of a block as the tensors and the metadata of a safetensors file."""
+    """The quantized layers of a decoder block, by name, as the tensors and the metadata of a safetensors file."""
     tensors: dict[str, Tensor] = {}
     words: dict[str, Any] = {}
     for name, layer in layers.items():
         mine = _tensors(layer)
         tensors |= {f"{name}.{key}": tensor.cpu().contiguous() for key, tensor in mine.items()}
         words[name] = _words(layer)
-    return tensors, {"layers": json.dumps(words)}  # one entry: the order of several changes from file to file
+    return tensors, {"layers": json.dumps(words)}  # one entry, as safetensors does not keep the order of several
 
 
 def unpack(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, QuantizedLayer]:
-    """What `pack` has packed, on the device that the tensors are on."""
+    """The quantized layers that `pack` has packed, on the device of the tensors."""
     return {
         name: _layer({key: tensors[f"{name}.{key}"] for key in words["tensors"]}, words)
         for name, words in json.loads(metadata["layers"]).items()

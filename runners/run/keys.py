@@ -18,6 +18,8 @@ OF_ACTIVATIONS = (  # the code that makes them
     "runners/quantization/calibration_activations.py",
     "runners/quantization/calibration_modes.py",
     "runners/models/streaming.py",
+    "runners/models/shards.py",
+    "runners/models/weight_names.py",
     "quantease/matmul.py",
 )
 

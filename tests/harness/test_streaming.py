@@ -103,7 +103,7 @@ def test_names_that_only_transformers_knows_are_loaded_as_a_whole(
     model = random_model("opt")
     settings = saved(model, tmp_path)
     checkpoint = open_checkpoint(settings)
-    monkeypatch.setattr("runners.models.streaming._unmatched", lambda *_: [OTHER_NAMES])
+    monkeypatch.setattr("runners.models.streaming.unmatched_weights", lambda *_: [OTHER_NAMES])
     source = open_model(checkpoint, settings, CPU)
     assert not isinstance(source, StreamedModel)
     with source.open_block(0) as block:

@@ -1,0 +1,106 @@
+"""The tensors of a checkpoint in its safetensors files: where each one is, and how to read it alone."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from runners.errors import InputError
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The tensors of a checkpoint.
+
+    Attributes:
+        file_of: name of each tensor to the file that holds it.
+    """
+
+    file_of: dict[str, Path]
+
+    @property
+    def files(self) -> list[Path]:
+        """Each file once."""
+        return list(dict.fromkeys(self.file_of.values()))
+
+    @classmethod
+    def of(cls, folder: Path) -> "Shards":
+        """The tensors of `model.safetensors`, or of the files that its index names.
+
+        Raises:
+            InputError: the index names a tensor that its file does not hold.
+        """
+        whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+        if whole.is_file():
+            return cls(dict.fromkeys(_names(whole), whole))
+        mapped: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        held = {file: set(_names(folder / file)) for file in set(mapped.values())}
+        for name, file in mapped.items():
+            if name not in held[file]:
+                raise InputError(f"{folder / file} does not hold the weight {name} that {index.name} places there")
+        return cls({name: folder / file for name, file in mapped.items()})
+
+    def read(self, names: Iterable[str], device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Read tensors, file by file, with one file open at a time.
+
+        Args:
+            names: of the tensors.
+            device: where they are put.
+            dtype: what floating-point tensors are converted to; others, such as masks, keep their own.
+
+        Yields:
+            Name and tensor, in the order of the files. A copy: a view of the mapped file would keep all of it in memory.
+        """
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.file_of[name], []).append(name)
+        for file, members in by_file.items():
+            with safe_open(file, framework="pt") as opened:
+                for name in members:
+                    tensor = opened.get_tensor(name)
+                    wanted = dtype if tensor.is_floating_point() else tensor.dtype
+                    yield name, tensor.to(device=device, dtype=wanted, copy=True)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, from the files' headers."""
+        found: dict[str, tuple[int, ...]] = {}
+        for file in self.files:
+            with safe_open(file, framework="pt") as opened:
+                found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        return found
+
+    def first_dtype(self) -> torch.dtype:
+        """The type of the first floating-point tensor; float32 where there is none."""
+        for name, file in self.file_of.items():
+            with safe_open(file, framework="pt") as opened:
+                if (tensor := opened.get_tensor(name)).is_floating_point():
+                    return tensor.dtype
+        return torch.float32
+
+    def state(self) -> tuple[object, ...]:
+        """Which files these are, and when they were last written: equal as long as nobody has changed them."""
+        files = [(file, file.stat()) for file in self.files]
+        return tuple((file, status.st_size, status.st_mtime_ns) for file, status in files)
+
+    def check_finite(self) -> None:
+        """Look at every weight once, a tensor at a time.
+
+        Raises:
+            InputError: naming the first one that contains NaN or infinity.
+        """
+        for file in self.files:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a dictionary
+                    tensor = opened.get_tensor(name)
+                    # The extremes are NaN where any number is: one pass, and no mask as large as the tensor.
+                    if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
+                        raise InputError(f"the weight {name} in {file} contains NaN or infinity: the file is damaged")
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
