@@ -93,7 +93,9 @@ class Memory:
         """A remedy: halve the number of sequences that go through a decoder block together, `largest` at first."""
 
         def remedy() -> str | None:
-            if (size := self.batch_size or largest) == 1:
+            if (
+                size := self.batch_size or largest
+            ) == 1:  # a sequence cannot be divided: its tokens attend to each other
                 return None
             self.batch_size = size // 2
             return f"batches of {self.batch_size}"
@@ -104,14 +106,14 @@ class Memory:
         """A remedy: add to Hessians in four times as many parts, each a quarter of the memory beside the Hessian."""
         if self.hessian_parts >= MAX_PARTS:
             return None
-        self.hessian_parts *= 4
+        self.hessian_parts *= 4  # not 2: each attempt that fails has cost a pass over the data
         return f"Hessians in {self.hessian_parts} parts"
 
     def thinner_slices(self, rows: int) -> Remedy:
         """A remedy: solve layers, of `rows` rows, in twice as many slices of their rows."""
 
         def remedy() -> str | None:
-            if self.row_slices >= min(MAX_PARTS, rows):
+            if self.row_slices >= min(MAX_PARTS, rows):  # a slice has at least one row
                 return None
             self.row_slices *= 2
             return f"layers in {self.row_slices} slices of rows"

@@ -82,6 +82,7 @@ class StreamedModel:
     @contextmanager
     def open_block(self, index: int) -> Iterator[nn.Module]:
         """Decoder block `index` with the checkpoint's weights, which leave the memory at the end."""
+        # Read anew each time it is opened, so what was written to it is lost.
         block, prefix = self.blocks[index], f"{self._prefix}.{index}."
         self._fill(block, prefix, [name for name in self._stored if name.startswith(prefix)])
         try:
@@ -109,6 +110,7 @@ class StreamedModel:
             wanted[stored].removeprefix(prefix): tensor
             for stored, tensor in self._shards.read(wanted, self.device, self._dtype)
         }
+        # assign: the skeleton's weights have no memory to copy into. Not strict: these are only a part of the weights.
         module.load_state_dict(state, strict=False, assign=True)
         module.requires_grad_(False)
 
@@ -126,7 +128,8 @@ def open_model(checkpoint: Checkpoint, model: Model, device: torch.device) -> Bl
     """
     configure_malloc()
     shards = Shards.of(checkpoint.folder)
-    if (state := shards.state()) not in _known_finite:  # a run and its reference read the same files
+    # Once a process: a run and its reference read the same files.
+    if (state := shards.state()) not in _known_finite:
         shards.check_finite()
         _known_finite.add(state)
     stored = stored_names(checkpoint.skeleton, shards)

@@ -16,24 +16,16 @@ from safetensors import SafetensorError, safe_open
 
 from runners.errors import InputError
 
-WEIGHT_TYPES = (
-    "F32",
-    "F16",
-    "BF16",
-)  # any other type (int8, float8) holds codes, which are no weights without their scales
-LAYER_COUNTS = (
-    "num_hidden_layers",
-    "n_layer",
-    "n_layers",
-    "num_layers",
-)  # families' names for the number of decoder blocks
+# Tensors of any other type (int8, float8) hold codes, which are no weights without their scales.
+WEIGHT_TYPES = ("F32", "F16", "BF16")
+# What families call the number of decoder blocks.
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 TOKENIZER_TIMEOUT = 120  # seconds; reading takes one, or ten where the disk and all cores are busy
 READ_TOKENIZER = (
     "import sys; from tokenizers import Tokenizer; Tokenizer.from_file(sys.argv[1]).encode('Read, 1 text.')"
 )
-NOT_COUNTS = (
-    "max_window_layers",
-)  # the block where attention windows begin: Qwen's default exceeds small models' blocks
+# The block from which on attention has a window: Qwen's default is more than small models have blocks.
+NOT_COUNTS = ("max_window_layers",)
 MAX_COUNT = 10_000  # of anything but layers (heads, experts, labels): more than any model has, and harmless to build
 REFUSED_ENTRIES = {
     "quantization_config": "says that the weights are quantized already: take the unquantized checkpoint",
@@ -54,7 +46,7 @@ def check_tensors(files: list[Path]) -> int:
     found: dict[str, Path] = {}
     for file in files:
         for name, dtype in _tensors(file):
-            if name in found:
+            if name in found:  # readers disagree on which of the two is used
                 raise InputError(
                     f"the weight {name} is in {found[name]} and in {file.name}: only one of them can be true"
                 )

@@ -53,7 +53,7 @@ class CalibrationActivations:
             index: the decoder block that they enter afterwards.
             finished: the quantized layers to put into those blocks; None: the blocks keep their own weights.
         """
-        self._embedded()
+        self._embedded()  # first: making the activations opens a block, too
         batch_size = self.memory.batch_size
         while self.position < index:
             with self.source.open_block(self.position) as block:
@@ -63,7 +63,7 @@ class CalibrationActivations:
                     self.memory.batch_size = finished.manifests[self.position].memory["batch_size"]
                     replace_weights(block, finished.layers(self.position, str(self.source.device)))
                 self.advance()
-        self.memory.batch_size = batch_size
+        self.memory.batch_size = batch_size  # what the run was left with, which `finished` blocks have overwritten
 
     def advance(self) -> None:
         """Send the activations through the current decoder block, which must be open, with the weights it has now.
@@ -75,7 +75,7 @@ class CalibrationActivations:
         with self.phases.of("propagate"):
             smaller = self.memory.smaller_batches(activations.batch_size)
             self.memory.retry(f"after block {index}", lambda: activations.advance(index), smaller, activations.to_host)
-        self.position += 1
+        self.position += 1  # only after all batches have left the block: an error leaves the position as it was
 
     def input_groups(self) -> list[InputGroup]:
         """The input groups of the current decoder block, in the order in which the block uses them."""

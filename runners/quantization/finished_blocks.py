@@ -71,7 +71,7 @@ class FinishedBlocks:
             InputError: the blocks belong to other settings, code, libraries, model or calibration data.
         """
         file = self.folder / "identity.json"
-        if not file.exists():
+        if not file.exists():  # without it, nobody can tell what the blocks depend on
             delete_finished_blocks(self.folder.parent)
             write(file, json.dumps(self.identity, indent=2) + "\n")
             return 0
@@ -88,10 +88,12 @@ class FinishedBlocks:
             layers: its quantized layers; those that keep their own weights are not among them.
             manifest: fields of `Manifest`, all but the checksum.
         """
+        # The order is the guarantee: a process killed in between leaves a file without a manifest, which does not count.
         tensors, metadata = pack(layers)
         write_tensors(self._file(index), tensors, metadata)
         whole = Manifest(sha256=file_sha256(self._file(index)), **manifest)
         content = dataclasses.asdict(whole)
+        # The manifest's own checksum: a record that was changed on disk would otherwise become a result.
         sealed = {"content": content, "checksum": _checksum(content)}
         write(self._file(index).with_suffix(".json"), json.dumps(sealed) + "\n")
         self.manifests.append(whole)

@@ -45,6 +45,7 @@ class LayerGroup:
     def problem(self, names: tuple[str, ...]) -> LayerProblem:
         """The layer problem of some of the layers, their rows stacked in the order of `names`."""
         siblings = tuple(weight for name, weight in self.weights.items() if name not in names)
+        # Siblings are the layers left out: AWQ's column scale must suit all layers that share an input.
         weight = torch.cat([self.weights[name].float() for name in names])
         statistics = self.statistics
         return LayerProblem(weight, statistics.hessian, mean_input=statistics.mean_input, siblings=siblings)
@@ -104,8 +105,9 @@ class GroupSolver:
         """Solve layers whose rows are stacked, and divide the answer among them. Repeatable: see `LayerGroup`."""
         problem = group.problem(names)
         device = problem.hessian.device
-        start = clock(device)
+        start = clock(device)  # waits for the GPU, so that only the solver's work is counted
         answer = self._answer(problem, where)
+        # The time of a stacked solve is divided by rows: which layer took it cannot be told.
         seconds_per_row = (clock(device) - start) / len(problem.weight)
         solved, first = [], 0
         for name in names:
@@ -120,6 +122,7 @@ class GroupSolver:
         """The method's answer, from slices of the rows where memory was short: exact, as the rows are independent."""
         slices = self.memory.row_slices if self.solver.rows_independent else 1
         try:
+            # A last slice may be smaller. Each part has the same Hessian, and repeats its factorization.
             parts = [replace(problem, weight=rows) for rows in problem.weight.chunk(slices)]
             return join_rows([self.solver.solve(part, self.spec) for part in parts])
         except Unsupported as error:
@@ -132,10 +135,11 @@ class GroupSolver:
     ) -> SolvedLayer:
         """Write a layer's quantized weights into the model, and measure what they cost as the model has them."""
         weight = quantized.weight
-        if not torch.isfinite(weight).all():
+        if not torch.isfinite(weight).all():  # written, they would spoil every later block: the layer keeps its own
             return self._left_alone(group, name, f"{type(self.solver).__name__} gave weights that are not finite")
         layer, statistics = group.layers[name], group.statistics
         layer.replace(weight)
+        # Errors are of `layer.weight`, not of `weight`: a float16 model rounds what is written to it.
         held_out = None
         if statistics.held_out is not None:
             held_out = self._relative_error(problem.weight, layer.weight, statistics.held_out)

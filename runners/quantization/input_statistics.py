@@ -29,7 +29,7 @@ class InputStatistics:
     """Means over all calibration tokens of functions of a layer's input x, float32.
 
     Attributes:
-        hessian: of x x^T (in, in). Half the Hessian of the layer's squared error by the number of tokens.
+        hessian: of x x^T (in, in). The Hessian of the mean squared output error, but for a factor of 2.
         mean_input: of |x| (in,).
         held_out: of x x^T (in, in) over the held-out tokens; None: there are none.
     """
@@ -96,6 +96,7 @@ def input_statistics(activations: BlockActivations, index: int, groups: list[Inp
 
     with _hooked([(layers[group[0]].module, add(group[0])) for group in groups]):  # the others' input is the same
         for output in activations.run(index):
+            # Counted once per batch and not by the hooks, which run once per part where memory is short.
             sums().tokens += output.shape[0] * output.shape[1]
     return [
         InputStatistics(*calibration.means(group[0]), held_out.means(group[0])[0] if held_out.tokens else None)
@@ -156,6 +157,7 @@ class _Sums:
         if name not in self._hessians:
             self._hessians[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
             self._magnitudes[name] = torch.zeros(x.shape[1], device=x.device)
+        # Summed over all tokens and divided once: a running mean would round at every batch.
         add_second_moment(self._hessians[name], x, parts)
         self._magnitudes[name] += x.abs().sum(0, dtype=torch.float32)
 

@@ -65,7 +65,7 @@ class Quantization:
         for record in records:
             report(record)
         for index in range(len(self.finished.manifests) if self.finished else 0, len(self._source.blocks)):
-            seconds_before = dict(self._phases.seconds)
+            seconds_before = dict(self._phases.seconds)  # phases count the whole run, a manifest its own block
             of_block: list[LayerRecord] = []
             quantized: dict[str, QuantizedLayer] = {}
             for solved in self._block(index):
@@ -101,7 +101,7 @@ class Quantization:
             why = "never used, so there is nothing to calibrate it on"
             for name in (name for name in layers if name not in used):
                 yield left_alone(index, name, layers[name], self._groups.stored_bits, why)
-            self.inputs.leave()
+            self.inputs.leave()  # last, while the block is open: its quantized weights leave the memory with it
 
     def _save(
         self,
