@@ -1,4 +1,4 @@
-"""The command line: check it, let Hydra run it, and say how it ended."""
+"""The command line: check all of it, run its cells, and report the outcome by an exit code."""
 
 import logging
 import math

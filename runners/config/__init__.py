@@ -1,1 +1,1 @@
-"""What a run is told: the composed configuration, checked and turned into settings."""
+"""The configuration: settings as dataclasses, built and checked from conf/ and the command line."""

@@ -1,4 +1,4 @@
-"""All that one run needs to know, and what it is called: its identity, digest, name and folder."""
+"""The settings of a cell and the names derived from them: identity, digest, run name and folder."""
 
 import dataclasses
 import typing
