@@ -17,14 +17,14 @@ from runners.config.launchers import prepare_ray
 from runners.config.settings import Settings
 from runners.console import console
 from runners.errors import InputError
+from runners.results.metrics import OPEN, RELATIVE_ERROR, Status, bits_words
 from runners.results.tables import cells_table, failure_text, next_steps, results_table
 from runners.run.experiment import run_experiment
-from runners.sweeps.cells import describe, register, state
-from runners.sweeps.isolation import interruptible, run_isolated, settle
+from runners.sweeps.cells import describe_cells, read_status, register_cells
+from runners.sweeps.isolation import record_dead_runs, run_isolated, sigterm_as_interrupt
 
 log = logging.getLogger(__name__)
 
-UNFINISHED = ("unfinished", "interrupted", "missing")  # states of cells that the same command goes on with
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
 HYDRAS_OWN = (  # options with which Hydra shows something, or reads another configuration than conf/config.yaml
     *("help", "hydra_help", "cfg", "info", "shell_completion"),
@@ -46,10 +46,10 @@ def start(main: Callable[[], Any]) -> None:
         return
     prepare_ray()
     try:
-        with interruptible(), configuration():
+        with sigterm_as_interrupt(), configuration():
             command = read(arguments.overrides, arguments.multirun)
             if any(cell.execution.dry_run for cell in command.cells):
-                console.print(cells_table(describe(command.cells)))
+                console.print(cells_table(describe_cells(command.cells)))
             elif arguments.multirun:
                 _run_sweep(command)
             else:
@@ -70,20 +70,20 @@ def job(cfg: DictConfig) -> float:
     except InputError as error:
         return _failed(str(error), single)
     if settings.execution.dry_run:  # where Hydra was called without a look at the command line, as with --config-dir
-        console.print(cells_table(describe([settings])))
+        console.print(cells_table(describe_cells([settings])))
         return math.nan
     return _run_cell(settings, single)
 
 
 def _run_sweep(command: CommandLine) -> None:
     cells = command.cells
-    register(cells)
+    register_cells(cells)
     skipped = {cell.folder for cell in cells if not (cell.execution.force or cell.execution.retry_failed)}
-    failed_before = sum(state(folder)["status"] == "failed" for folder in skipped)
+    failed_before = sum(read_status(folder)["status"] == Status.FAILED for folder in skipped)
     try:
         launch(command.composed, job)
     finally:
-        settle(cells)
+        record_dead_runs(cells)
     _summarize(cells, failed_before)
 
 
@@ -94,20 +94,20 @@ def _run_cell(settings: Settings, single: bool) -> float:
     except InputError as error:  # there is nowhere to put a row
         return _failed(str(error), single)
     row = rows[-1]
-    if row["status"] in ("failed", "unsupported"):
+    if row["status"] in (Status.FAILED, Status.UNSUPPORTED):
         is_news = single or not row.get("skipped")
         return _failed(failure_text(row), single) if is_news else math.nan
-    if row["status"] == "running":
+    if row["status"] == Status.RUNNING:
         log.info("%s: %s; this process leaves it alone", row["folder"], row["error"])
         return math.nan
     if single:
         console.print(results_table(rows))
         console.print(next_steps(row), highlight=False, soft_wrap=True)
-    return row["layers/mean_relative_error"]
+    return row[RELATIVE_ERROR]
 
 
 def _rows(settings: Settings, single: bool) -> list[dict[str, Any]]:
-    with interruptible():
+    with sigterm_as_interrupt():
         if single and settings.execution.timeout_minutes is None:
             return run_experiment(settings.replace(retry_failed=True))
         retry = single or settings.execution.retry_failed
@@ -130,14 +130,14 @@ def _summarize(cells: list[Settings], left_alone: int) -> None:
     """The table of a sweep, one row a run; exits non-zero if any of them has failed or is missing."""
     asked = {settings.folder for settings in cells}
     needed = [settings.reference() for settings in cells if settings.run.quantizes]
-    rows = describe(cells)
+    rows = describe_cells(cells)
     console.print(results_table(rows))
-    others = describe([reference for reference in needed if reference.folder not in asked])
-    rows += [row for row in others if row["status"] in ("failed", *UNFINISHED[:-1])]
-    failed = [row for row in rows if row["status"] == "failed"]
-    unfinished = [row for row in rows if row["status"] in UNFINISHED]
+    others = describe_cells([reference for reference in needed if reference.folder not in asked])
+    rows += [row for row in others if row["status"] in (Status.FAILED, Status.UNFINISHED, Status.INTERRUPTED)]
+    failed = [row for row in rows if row["status"] == Status.FAILED]
+    unfinished = [row for row in rows if row["status"] in OPEN]
     for row in failed + unfinished:
-        bits = f"{row['bits']} bits" if "bits" in row else ""
+        bits = bits_words(row["bits"]) if "bits" in row else ""
         name = " ".join(part for part in (row["model"], row["method"], bits, row["setting"]) if part)
         console.print(f"{name}: {row['error']}", highlight=False, soft_wrap=True)
     if failed:

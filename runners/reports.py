@@ -69,12 +69,12 @@ def sections(names: list[str]) -> dict[str, list[Any]]:
         names: the keys of what the runs have measured; a heading without any is left out.
     """
     perplexities = _perplexities(names)
-    agreement = [name for name in names if name.startswith("agreement/") and name.endswith("/kl")]
+    agreement = [name for name in metrics.keys_of(names, "agreement") if name.endswith("/kl")]
     accuracies = [
         name for name in names if name.startswith("zero_shot/") and name.split("/")[-1] in ("acc", "acc_norm")
     ]
     costs = [metrics.QUANTIZE_SECONDS, metrics.QUANTIZE_MEMORY, metrics.EVALUATE_SECONDS]
-    warnings = [name for name in names if name.startswith("warnings/")]
+    warnings = metrics.keys_of(names, "warnings")
     panels = {
         "Perplexity": [_bars(name) for name in perplexities + agreement + accuracies],
         "Size against perplexity": [_against_size(name) for name in perplexities],

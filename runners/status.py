@@ -9,8 +9,8 @@ from runners.console import console
 from runners.errors import InputError, known_names
 from runners.results.metrics import EVALUATE_SECONDS, METRICS, OPEN, QUANTIZE_SECONDS, Status
 from runners.results.progress import PROGRESS
-from runners.results.tables import cells_table, counts
-from runners.sweeps.cells import registered, state
+from runners.results.tables import cell_counts, cells_table
+from runners.sweeps.cells import read_status, registered_cells
 
 
 def main(
@@ -21,7 +21,7 @@ def main(
     rows = cells(results / study)
     if not_done := [row for row in rows if row["status"] != Status.DONE]:
         console.print(cells_table(not_done), soft_wrap=False)
-    console.print(f"{results / study}: {counts(rows)}; {time_left(rows)}", highlight=False, soft_wrap=True)
+    console.print(f"{results / study}: {cell_counts(rows)}; {time_left(rows)}", highlight=False, soft_wrap=True)
 
 
 def cells(study: Path) -> list[dict[str, Any]]:
@@ -32,11 +32,11 @@ def cells(study: Path) -> list[dict[str, Any]]:
     """
     if not study.is_dir():
         raise InputError(_no_study(study))
-    listed = registered(study)
+    listed = registered_cells(study)
     files = [file for name in (METRICS, PROGRESS) for file in study.glob(f"*/*/{name}")]
     found = {file.parent.relative_to(study).as_posix() for file in files}
-    rows = [{"setting": "", **listed[name]} | state(study / name) for name in listed]
-    return rows + [_from_name(name) | state(study / name) for name in sorted(found - listed.keys())]
+    rows = [{"setting": "", **listed[name]} | read_status(study / name) for name in listed]
+    return rows + [_from_name(name) | read_status(study / name) for name in sorted(found - listed.keys())]
 
 
 def time_left(rows: list[dict[str, Any]]) -> str:

@@ -1,1 +1,1 @@
-"""What a run leaves: metrics, per-layer results, the run's folder, progress, and the tables in the terminal."""
+"""The results of a run: its metrics, per-layer results, folder and progress, and the tables in the terminal."""

@@ -1,27 +1,34 @@
-"""What became of the layers of a run: one record each, and what they come to."""
+"""Per-layer results and their whole-model summary."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from runners.errors import InputError
+from runners.results import metrics
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What became of one linear layer: a row of `layers.csv`.
+    """The result of one linear layer: a row of `layers.csv`.
 
     Attributes:
-        relative_error: ||W X - W_hat X||^2 / ||W X||^2, of W_hat as it stands in the model.
+        block: the index of its decoder block.
+        layer: its name inside the block.
+        out_features: rows of its weight matrix.
+        in_features: columns of its weight matrix.
+        relative_error: ||W X - W_hat X||^2 / ||W X||^2, of W_hat as the model stores it.
         seconds: spent in the solver.
+        bits_per_weight: everything that must be stored for the layer, per weight.
         outlier_ratio: the share of the weights that are kept in 16 bits.
         damping: what was really added to the Hessian's diagonal, as a fraction of its mean; None: nothing.
-        damping_raised: because the factorization failed with what was asked for.
-        dead_columns: inputs that are zero in all of the calibration data.
-        clipped_scales: scales that are as small as their format goes.
+        damping_raised: the factorization failed with the damping that was asked for, so more was added.
+        dead_columns: how many inputs are zero in all of the calibration data.
+        clipped_scales: how many scales are at the smallest value of their format.
         non_finite: activations or the solver's weights were not finite.
-        left_alone: the layer keeps its weights; `notes` says why.
+        left_alone: the layer keeps its weights; `notes` gives the reason.
+        notes: remarks of the solver, in words.
         held_out_error: the relative error on calibration sequences that the solver has not seen; None: there were none.
-        history: relative error after each sweep, of a method that was told to track it (`sweeps.csv`).
+        history: the relative error after each sweep, of a method with `track_objective` (`sweeps.csv`).
     """
 
     block: int
@@ -52,36 +59,40 @@ WARNINGS = ("damping_raised", "dead_columns", "clipped_scales", "non_finite", "l
 
 
 def refuse_warnings(record: LayerRecord) -> None:
-    """What `warnings=error` does with a layer for which something did not go as asked.
+    """Stop at a layer for which something did not go as asked: the setting `warnings=error`.
 
     Raises:
-        InputError: naming the layer and what it was.
+        InputError: with the layer and what happened to it.
     """
     if found := [f"{kind.replace('_', ' ')}: {value}" for kind in WARNINGS if (value := getattr(record, kind))]:
         what = ", ".join(found) + (f" ({record.notes})" if record.notes else "")
         raise InputError(f"{record.layer} in block {record.block}: {what}; warnings=record goes on and records it")
 
 
-def summary(records: list[LayerRecord], parameters: int, stored_bits: float) -> dict[str, float]:
-    """What the records of all layers come to, as it stands in `metrics.json`.
+def summarize_layers(records: list[LayerRecord], parameters: int, stored_bits: float) -> dict[str, float]:
+    """The whole model's metrics from its layers' records.
+
+    Bits and outliers are means over weights, so a large layer counts for more; errors are means over layers, as the paper
+    plots them.
 
     Args:
+        records: of all linear layers that the run has visited.
         parameters: of the whole model, embeddings and head included, tied ones once.
-        stored_bits: of those that are not in a quantized layer.
+        stored_bits: of a parameter that is not in a quantized layer.
     """
     sizes = [record.out_features * record.in_features for record in records]
     quantized = sum(sizes)
     bits = sum(size * record.bits_per_weight for size, record in zip(sizes, records, strict=True))
     outliers = sum(size * record.outlier_ratio for size, record in zip(sizes, records, strict=True))
-    solved = [record for record in records if not record.left_alone]
+    solved = [record for record in records if not record.left_alone]  # the others have no error to speak of
     held_out = [record.held_out_error for record in solved if record.held_out_error is not None]
-    figures: dict[str, float] = {
-        "bits_per_weight": bits / quantized,
-        "bits_per_parameter": (bits + (parameters - quantized) * stored_bits) / parameters,
-        "outlier_ratio": outliers / quantized,
-        "layers/mean_relative_error": sum(record.relative_error for record in solved) / max(1, len(solved)),
-        "layers/count": len(records),
+    summary: dict[str, float] = {
+        metrics.BITS_PER_WEIGHT: bits / quantized,
+        metrics.BITS_PER_PARAMETER: (bits + (parameters - quantized) * stored_bits) / parameters,
+        metrics.OUTLIER_RATIO: outliers / quantized,
+        metrics.RELATIVE_ERROR: sum(record.relative_error for record in solved) / max(1, len(solved)),
+        metrics.LAYER_COUNT: len(records),
     }
     if held_out:
-        figures["layers/mean_held_out_error"] = sum(held_out) / len(held_out)
-    return figures | {f"warnings/{kind}": sum(int(getattr(record, kind)) for record in records) for kind in WARNINGS}
+        summary[metrics.HELD_OUT_ERROR] = sum(held_out) / len(held_out)
+    return summary | {metrics.warning(kind): sum(int(getattr(record, kind)) for record in records) for kind in WARNINGS}

@@ -1,7 +1,8 @@
 """The schema of `metrics.json`: its keys, the values each may take, and the words for them.
 
-The one place that knows how a result is written. Whatever makes, shows or analyses results takes keys and words from here.
-Imports neither torch nor pandas, so that `analysis` can.
+The one place that knows how a result is written: whatever makes, shows or analyzes results takes its keys and words from
+here. "Metrics" is the word for the content of one run's `metrics.json`, in memory as on disk. This module imports neither
+torch nor pandas, because `analysis` must start without torch.
 """
 
 import json
@@ -18,19 +19,19 @@ REFERENCE = "fp16"  # the method that leaves the weights as they are, whatever t
 
 
 class Status(StrEnum):
-    """How far a cell has come. The first three are those of a run that has ended, and the only ones in `metrics.json`."""
+    """How far a cell has come. Only the first three, `ENDED`, occur in `metrics.json`; the run's folder shows the others."""
 
     DONE = "done"
     FAILED = "failed"
     UNSUPPORTED = "unsupported"  # the method cannot do what the grid asks
     RUNNING = "running"
-    UNFINISHED = "unfinished"  # some of its blocks are on disk
+    UNFINISHED = "unfinished"  # some of its finished blocks are on disk
     INTERRUPTED = "interrupted"
     MISSING = "missing"
 
 
 ENDED = (Status.DONE, Status.FAILED, Status.UNSUPPORTED)
-OPEN = (Status.UNFINISHED, Status.INTERRUPTED, Status.MISSING)  # the same command again goes on with these
+OPEN = (Status.UNFINISHED, Status.INTERRUPTED, Status.MISSING)  # the same command, given again, continues these
 _BEST_FIRST = (Status.DONE, Status.UNSUPPORTED, Status.RUNNING, *OPEN[:2], Status.FAILED, Status.MISSING)
 
 
@@ -59,9 +60,12 @@ ZERO_SHOT_SECONDS = "zero_shot/seconds"
 CALIBRATION_SHA256 = "calibration/sha256"
 CHECKPOINT_SHA256 = "checkpoint/sha256"
 CALIBRATION_INPUTS = "calibration_inputs"
+CACHE_HITS = "cache/hits"
+CACHE_MISSES = "cache/misses"
+MEMORY_STEPS = "memory/steps"
 
 
-# Keys of a family: the first part says which, the rest of what.
+# Keys of a family: the part before the first slash names the family, the rest what was measured.
 def ppl(text: str) -> str:
     """Perplexity on a text."""
     return f"ppl/{text}"
@@ -107,16 +111,18 @@ def phase_seconds(phase: str) -> str:
     return f"quantize/{phase}_seconds"
 
 
+def keys_of(keys: Iterable[Any], family: str) -> list[str]:
+    """The keys of a family, each once, in order: `keys_of(metrics, "ppl")` are those of the perplexities."""
+    return list(dict.fromkeys(key for key in keys if isinstance(key, str) and key.startswith(f"{family}/")))
+
+
 def names(keys: Iterable[Any], family: str) -> list[str]:
-    """What the keys of a family are of, in their order: `names(row, "ppl")` are the texts that a run was measured on."""
-    start = f"{family}/"
-    return list(
-        dict.fromkeys(key.removeprefix(start) for key in keys if isinstance(key, str) and key.startswith(start))
-    )
+    """The names in the keys of a family, each once, in order: `names(metrics, "ppl")` are the texts that were measured."""
+    return [key.removeprefix(f"{family}/") for key in keys_of(keys, family)]
 
 
 def zero_shot_parts(key: Any) -> tuple[str, str] | None:
-    """Task and metric of a key that `zero_shot` has made; None for any other key."""
+    """Task and metric of a key made by `zero_shot`; None for any other key."""
     parts = key.split("/") if isinstance(key, str) else []
     return (parts[1], parts[2]) if len(parts) == 3 and parts[0] == "zero_shot" else None
 
@@ -125,20 +131,23 @@ OWN_GRID = "its own"
 PER_CHANNEL = "per-channel"
 
 
-def grid_words(row: Mapping[str, Any]) -> str:
+def grid_words(metrics: Mapping[str, Any]) -> str:
     """The grid of a run in words, without its bits: `group 64 symmetric act-order`; "" for the unquantized model."""
-    if row["method"] == REFERENCE:
+    if metrics["method"] == REFERENCE:
         return ""
-    group = _present(row.get("group_size"))
-    if group is None and row["method"].startswith("spqr"):
+    group_size = _present(metrics.get("group_size"))
+    if group_size is None and metrics["method"].startswith("spqr"):
         return OWN_GRID  # two-level groups, of 16 columns unless the method's settings say otherwise
-    words = [group_words(group), "symmetric" * bool(_present(row.get("symmetric")))]
-    words += ["mse" * (row.get("grid_range") == "mse"), "act-order" * bool(_present(row.get("act_order")))]
-    return " ".join(word for word in words if word)
+    flags = {
+        "symmetric": _present(metrics.get("symmetric")),
+        "mse": metrics.get("grid_range") == "mse",
+        "act-order": _present(metrics.get("act_order")),
+    }
+    return " ".join([group_words(group_size), *(word for word, is_set in flags.items() if is_set)])
 
 
 def group_words(group_size: float | None) -> str:
-    """`group 64`, or `per-channel` where a whole output row shares a scale."""
+    """`group 64`; `per-channel` for None, where a whole output row shares one scale."""
     return PER_CHANNEL if group_size is None else f"group {group_size:g}"
 
 
@@ -158,11 +167,11 @@ def _present(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-# What the validator asks of a value, by key or by the beginning of a key.
+# What the validator asks of a value, by its key or by the beginning of its key.
 _COUNTS = ("bits", "group_size", "seed", "parameters")
 _NUMBERS = (BITS_PER_WEIGHT, BITS_PER_PARAMETER, OUTLIER_RATIO)
 _MEASURED = ("ppl/", "windows/", "layers/", "quantize/", "evaluate/", "warnings/", "agreement/", "zero_shot/")
-_NOT_MEASURED = ("/version", "/sha256")  # endings of keys that say how something was measured
+_NOT_MEASURED = ("/version", "/sha256")  # endings of keys that tell how something was measured
 _TEXTS = ("digest", "series", "study", "calibration", CALIBRATION_INPUTS, "grid_range", "stage", "error")
 _TRUTHS = ("symmetric", "act_order")
 
@@ -171,14 +180,14 @@ def parse(text: str) -> dict[str, Any]:
     """The content of a `metrics.json`, which may be truncated, edited, or no result at all.
 
     Raises:
-        ValueError: it is not JSON, or not the metrics of a run; the message says what is wrong with it.
+        ValueError: it is not JSON, or not the metrics of a run; the message tells what is wrong with it.
     """
     try:
-        row = json.loads(text, parse_constant=_refuse_constant)
+        metrics = json.loads(text, parse_constant=_refuse_constant)
+        _check(metrics)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    _check(row)
-    return row
+    return metrics
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -186,6 +195,7 @@ def read(file: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the run has not ended.
+        NotADirectoryError: the same, where a file has the name of the run's folder.
         ValueError: the file is damaged; a sentence with its name and the remedy.
     """
     try:
@@ -196,32 +206,35 @@ def read(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged ({error}): run it again with force=true") from error
 
 
-def _check(row: Any) -> None:
-    if not isinstance(row, dict) or row.get("status") not in ENDED:
+def _check(metrics: Any) -> None:
+    if not isinstance(metrics, dict) or metrics.get("status") not in ENDED:
         raise ValueError(f"it is not the metrics of a run: there is no status {', '.join(ENDED)}")
-    for key in ("method", "model", *_needed(row)):
-        if row.get(key) is None:
+    for key in ("method", "model", *_needed(metrics)):
+        if metrics.get(key) is None:
             raise ValueError(f"{key} is missing")
-    for key, value in row.items():
-        if value is not None and not _fits(key, value):
+    for key, value in metrics.items():
+        if not _fits(key, value):
             raise ValueError(f"{key} cannot be {json.dumps(value)[:80]}")
-    for text in names(row, "protocol"):
-        if windows(text) not in row:
-            raise ValueError(f"{protocol(text)} has no number of windows beside it")
+    for text in names(metrics, "protocol"):
+        if windows(text) not in metrics:
+            raise ValueError(f"{protocol(text)} is there without {windows(text)}")
 
 
-def _needed(row: dict[str, Any]) -> tuple[str, ...]:
-    """What a table shows of such a run."""
-    if row["status"] != Status.DONE:
+def _needed(metrics: dict[str, Any]) -> tuple[str, ...]:
+    """The keys without which tables cannot show such a run."""
+    if metrics["status"] != Status.DONE:
         return ("stage", "error")
-    return (BITS_PER_WEIGHT, RELATIVE_ERROR, *(() if row.get("method") == REFERENCE else ("bits",)))
+    return (BITS_PER_WEIGHT, RELATIVE_ERROR, *(() if metrics.get("method") == REFERENCE else ("bits",)))
 
 
 def _fits(key: str, value: Any) -> bool:
-    if key in _COUNTS:
-        return type(value) is int and abs(value) < 2**63
     if key in _NUMBERS or (key.startswith(_MEASURED) and not key.endswith(_NOT_MEASURED)):
+        # What was not measured has no key, so None is damage. `type` and not isinstance: True is an int, too.
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if value is None:
+        return key not in ("bits", "parameters")  # absent where a run has none; other labels may be null
+    if key in _COUNTS:
+        return type(value) is int and abs(value) < 2**63  # what a column of a table holds
     if key in _TRUTHS:
         return isinstance(value, bool)
     if key in ("method", "model", *_TEXTS) or key.startswith(("protocol/", "sha256/", "skipped/")):
@@ -230,4 +243,5 @@ def _fits(key: str, value: Any) -> bool:
 
 
 def _refuse_constant(constant: str) -> NoReturn:
+    """JSON has no NaN and no Infinity, but Python's reader takes them unless it is told otherwise."""
     raise ValueError(f"{constant} is not a number of JSON")

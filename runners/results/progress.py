@@ -1,6 +1,7 @@
-"""How far a run has come: in memory for its row, and in its folder's `progress.json` for whoever looks.
+"""How far a run has come: in memory for its metrics, and in its folder's `progress.json` for other processes.
 
-The file is there while the run works and for as long as nobody has seen that its process died: see `runners.sweeps.cells`.
+The file exists while the run works. A process that is killed cannot remove it, so a `progress.json` without a living owner
+tells that the run died, and where: `runners.sweeps.cells` shows it, `runners.sweeps.isolation` writes it into metrics.
 """
 
 import json
@@ -19,11 +20,11 @@ from runners.results.layers import LayerRecord
 from runners.storage.files import write
 
 PROGRESS = "progress.json"
-EVERY = 1.0  # seconds between two writes within a stage
+WRITE_SECONDS = 1.0  # between two writes within a stage: steps can take microseconds, and each write flushes the disk
 
 
 class Progress:
-    """How far one run has come.
+    """The progress of one run, which this process owns.
 
     Attributes:
         records: of the layers that are finished.
@@ -33,12 +34,12 @@ class Progress:
         self.records: list[LayerRecord] = []
         self._file = folder / PROGRESS
         self._owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
-        self._writing = threading.Lock()
+        self._write_lock = threading.Lock()  # the run's thread and the writer's use one temporary name
         self.stage = "start"
 
     @property
     def stage(self) -> str:
-        """What the run is doing; setting it writes the file."""
+        """The present stage of the run; setting it writes the file."""
         return self._stage
 
     @stage.setter
@@ -48,30 +49,31 @@ class Progress:
         self._write()
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Follow the progress bars that are shown meanwhile."""
-        console.watcher, before = self._step, console.watcher
-        over = threading.Event()
-        writer = threading.Thread(target=self._write_now_and_then, args=(over,), daemon=True)
+    def follow_bars(self) -> Iterator[None]:
+        """Take the steps of a stage from the progress bars that the console shows meanwhile."""
+        console.watcher, before = self._on_step, console.watcher
+        is_over = threading.Event()
+        writer = threading.Thread(target=self._write_regularly, args=(is_over,), daemon=True)
         writer.start()
         try:
             yield
         finally:
             console.watcher = before
-            over.set()
-            writer.join()
+            is_over.set()
+            writer.join()  # else it could write the file again after the run has removed it
 
-    def where(self) -> str:
+    def words(self) -> str:
         """For a sentence: `during quantize, after 6 of 12 steps (block 1/2 fc2)`."""
-        return where(self._content())
+        return progress_words(self._content())
 
-    def _step(self, last: str, done: int, total: int) -> None:
+    def _on_step(self, last: str, done: int, total: int) -> None:
+        # A new dictionary, never a changed one: the writer's thread compares by identity and reads without a lock.
         self._steps = {"done": done, "total": total, "last": " ".join(last.split())}
 
-    def _write_now_and_then(self, over: threading.Event) -> None:
-        """Steps can follow each other in no time and the next one take an hour: the last of them has to be on disk."""
+    def _write_regularly(self, is_over: threading.Event) -> None:
+        """Write the last step from a thread of its own: after a burst of steps the next one may take an hour."""
         written = self._steps
-        while not over.wait(EVERY):
+        while not is_over.wait(WRITE_SECONDS):
             if self._steps is not written:
                 written = self._steps
                 self._write()
@@ -80,12 +82,13 @@ class Progress:
         return self._owner | {"stage": self._stage, **self._steps, "updated": time.time()}
 
     def _write(self) -> None:
-        with self._writing, suppress(InputError):  # who cannot write this hears of it where a result cannot be written
+        # A full disk must not end a run here: the same error comes, with its sentence, where a result is written.
+        with self._write_lock, suppress(InputError):
             write(self._file, json.dumps(self._content()) + "\n")
 
 
 def read_progress(folder: Path) -> dict[str, Any] | None:
-    """What the run in a folder said last; None where it says nothing."""
+    """The last progress of the run in a folder; None without one, or where the file is damaged."""
     try:
         content = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -94,20 +97,20 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
 
 
 def remove_progress(folder: Path) -> None:
-    """The run has ended, and its row is written."""
+    """Remove the file. Only after the metrics are written: in between, a death would leave no trace of the run."""
     with suppress(OSError):
         (folder / PROGRESS).unlink(missing_ok=True)
 
 
-def where(progress: dict[str, Any]) -> str:
+def progress_words(progress: dict[str, Any]) -> str:
     """For a sentence: `during quantize, after 6 of 12 steps (block 1/2 fc2)`."""
     steps = (
-        f", after {progress['done']} of {progress['total']} steps ({progress['last']})" if "done" in progress else ""
+        f", after {progress['done']} of {progress['total']} steps ({progress['last']})" if "total" in progress else ""
     )
     return f"during {progress['stage']}{steps}"
 
 
-def owner(progress: dict[str, Any] | None) -> str:
+def owner_words(progress: dict[str, Any] | None) -> str:
     """For a sentence: `process 123 on HOST, since 12:30:01`."""
     if progress is None:
         return "another process"

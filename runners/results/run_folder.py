@@ -1,7 +1,6 @@
 """A run's folder: small files, each written to a temporary name and renamed, `metrics.json` last.
 
-`metrics.json` exists if and only if the run has ended. Its `status` is `done`, `failed` or `unsupported`. Only the process
-that holds the run's lock writes or clears it.
+`metrics.json` exists if and only if the run has ended. Only the process that holds the run's lock writes or removes it.
 """
 
 import csv
@@ -16,12 +15,11 @@ from omegaconf import OmegaConf
 
 from runners.errors import InputError
 from runners.results.layers import LayerRecord
-from runners.results.metrics import parse
-from runners.storage.files import claim, write
+from runners.results.metrics import METRICS, Reason, Status, parse
+from runners.storage.files import file_lock, write
 
-METRICS = "metrics.json"
-LOCK = ".lock"  # in a run's folder; who works on the run holds it, and the kernel gives it back when that process dies
-PATIENCE = 1.0  # seconds that a lock may be held by someone who only looks
+LOCK = ".lock"  # in a run's folder; held by the process that works on the run, and released by the kernel when it dies
+LOCK_SECONDS = 1.0  # to wait for the lock: `is_running` holds it for a moment, and must not keep a run from starting
 
 
 class RunFolder:
@@ -31,10 +29,10 @@ class RunFolder:
         self.path = path
 
     def metrics(self) -> dict[str, Any] | None:
-        """What the run has ended with; None if it has not ended.
+        """The metrics of the run; None if it has not ended.
 
         Raises:
-            InputError: the file is damaged.
+            InputError: the file is damaged, or of another run.
         """
         file = self.path / METRICS
         try:
@@ -51,45 +49,60 @@ class RunFolder:
             )
         return metrics
 
-    def settled(self, force: bool, retry_failed: bool) -> dict[str, Any] | None:
-        """What the run has ended with, where it is not to be run again: done, unsupported, or failed and not retried."""
+    def metrics_to_keep(self, force: bool, retry_failed: bool) -> dict[str, Any] | None:
+        """The metrics of a run that is not to be run again; None where it is.
+
+        Done and unsupported runs are kept, failed ones unless `retry_failed`. An interrupted run is never kept: nothing is
+        wrong with it, and its finished blocks are on disk.
+
+        Raises:
+            InputError: as for `metrics`.
+        """
         metrics = None if force else self.metrics()
-        if metrics is not None and metrics["status"] == "failed":
-            return None if retry_failed or metrics.get("reason") == "interrupted" else metrics
+        if metrics is not None and metrics["status"] == Status.FAILED:
+            return None if retry_failed or metrics.get("reason") == Reason.INTERRUPTED else metrics
         return metrics
 
     @contextmanager
-    def claim(self, wait: bool) -> Iterator[bool]:
-        """Hold the run for this process alone; yields False at once where another process holds it, or waits for it.
+    def lock(self, wait: bool) -> Iterator[bool]:
+        """Hold the run for this process alone.
+
+        Args:
+            wait: until another process gives it back.
+
+        Yields:
+            Whether this process holds the run; False only without `wait`.
 
         Raises:
             InputError: the file system has no locks, or refuses them.
         """
-        with claim(self.path / LOCK, -1 if wait else PATIENCE) as mine:
-            yield mine
+        with file_lock(self.path / LOCK, -1 if wait else LOCK_SECONDS) as is_mine:
+            yield is_mine
 
     def is_running(self) -> bool:
         """Whether a living process holds the run."""
         lock = self.path / LOCK
-        if not lock.exists():
+        if not lock.exists():  # locking would create it: looking at a study must not write to it
             return False
-        with claim(lock, 0) as mine:
-            return not mine
+        with file_lock(lock, 0) as is_mine:
+            return not is_mine
 
-    def clear(self) -> None:
-        """Forget how the run ended, before it is run again, and what a process that was killed had not finished writing."""
+    def clear_result(self) -> None:
+        """Remove the metrics before the run is run again, and the temporary files of a process that was killed."""
         (self.path / METRICS).unlink(missing_ok=True)
         for partial in self.path.rglob("*.partial"):
             partial.unlink(missing_ok=True)
 
     def write_config(self, identity: dict[str, Any]) -> None:
+        """Write `config.yaml`."""
         write(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(identity)))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file. NaN is refused: JSON has none, and `metrics.parse` would call the file damaged."""
         write(self.path / name, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     def write_layers(self, records: list[LayerRecord]) -> None:
-        """A row a layer; and where a method has tracked its sweeps, a row a sweep."""
+        """Write `layers.csv`, one row per layer; where sweeps were tracked, also `sweeps.csv`, one per layer and sweep."""
         self._write_csv("layers.csv", list(records[0].row), (record.row for record in records))
         sweeps = [
             {"block": record.block, "layer": record.layer, "sweep": sweep, "relative_error": error}
@@ -100,9 +113,14 @@ class RunFolder:
             self._write_csv("sweeps.csv", list(sweeps[0]), sweeps)
 
     def write_windows(self, measured: dict[str, dict[str, list[float]]]) -> None:
-        """What was measured on every window of every text: text to measure to a value a window."""
+        """Write `windows.csv`, one row per text and window.
+
+        Args:
+            measured: by text and measure, one value per window.
+        """
         measures = list(dict.fromkeys(name for values in measured.values() for name in values))
         rows = [
+            # Nine digits are enough to tell any two float32 numbers apart.
             {"text": text, "window": window} | {name: f"{values[name][window]:.9g}" for name in values}
             for text, values in measured.items()
             for window in range(len(next(iter(values.values()))))

@@ -1,135 +1,186 @@
-"""What a run or a sweep says at its end: the table, what went wrong, and where to look next."""
+"""The output of a run or a sweep at its end: tables, failures, and where to look next."""
 
-import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from runners.results.metrics import status_counts
+from runners.results import metrics
+from runners.results.metrics import OWN_GRID, PER_CHANNEL, REFERENCE, Status, grid_words, status_counts
 
-MARK = " †"
+Run = Mapping[str, Any]  # the metrics of a run; of a cell that has not ended, its labels, status and error
+
+RAISED_DAMPING = "†"
+DEFAULT_GRIDS = ("", PER_CHANNEL, OWN_GRID)  # need no column
 
 
-def results_table(rows: Sequence[dict[str, Any]]) -> Group:
-    """One row a run, from its `metrics.json`, and what holds for all. Columns that would say the same are left out."""
-    texts = list(dict.fromkeys(key for row in rows for key in row if key.startswith("ppl/")))
-    columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = []
-    if len({row["model"] for row in rows}) > 1:
-        columns.append(("model", lambda row: row["model"]))
-    columns.append(("method", lambda row: row["method"] + MARK * _damping_raised(row)))
-    columns.append(("bits", lambda row: str(row.get("bits", ""))))
-    if any(_setting(row) for row in rows):
-        columns.append(("setting", _setting))
-    columns.append(("bits/\nweight", lambda row: _number(row, "bits_per_weight", ".2f")))
-    for text in texts:
-        name = text.removeprefix("ppl/").replace("_", "_\n")
-        columns.append((f"ppl\n{name}", lambda row, text=text: _number(row, text, ".2f")))
-    for key in dict.fromkeys(key for row in rows for key in row if re.fullmatch("zero_shot/.+/acc", key)):
-        name = key.split("/")[1].removesuffix("_openai").removeprefix("stdlib_").replace("_", "_\n")
-        columns.append((f"acc %\n{name}", lambda row, key=key: _percent(row, key)))
-    columns.append(("layer\nerror", lambda row: _number(row, "layers/mean_relative_error", ".2e")))
-    columns.append(("seconds", lambda row: _number(row, "quantize/seconds", ".1f")))
-    columns.append(("memory", lambda row: _number(row, _memory(row), ".2f", " GB")))
-    if any(row["status"] != "done" for row in rows):
-        columns.append(("status", lambda row: row["status"]))
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its heading, and the text in it for a run."""
+
+    heading: str
+    text: Callable[[Run], str]
+    justify: Literal["left", "right"] = "right"
+
+
+def results_table(runs: Sequence[Run]) -> Group:
+    """One row per run, and below the table what holds for all of them. Columns that would say the same are left out."""
+    columns = _columns(runs)
     table = Table(box=box.SIMPLE_HEAD, header_style="bold")
-    for name, _ in columns:
-        table.add_column(name, justify="left" if name in ("model", "method", "setting", "status") else "right")
-    for row in rows:
-        table.add_row(*(cell(row) for _, cell in columns), style=None if row["status"] == "done" else "red")
-    return Group(table, Text("; ".join(_facts(rows)), style="dim"))
+    for column in columns:
+        table.add_column(column.heading, justify=column.justify)
+    for run in runs:
+        style = None if run["status"] == Status.DONE else "red"
+        table.add_row(*(column.text(run) for column in columns), style=style)
+    return Group(table, Text("; ".join(_facts(runs)), style="dim"))
 
 
-def cells_table(rows: Sequence[dict[str, Any]]) -> Group:
-    """One row a cell: what it is and how far it has come; and how many have come how far."""
+def cells_table(cells: Sequence[Run]) -> Group:
+    """One row per cell, with its status; and below the table how many cells have each status."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold")
     for name in ("model", "method", "bits", "setting", "state", ""):
         table.add_column(name, justify="right" if name == "bits" else "left", no_wrap=name in ("method", "state"))
-    for row in rows:
-        status = row["status"]
-        style = "red" if status == "failed" else "dim" if status == "missing" else None
-        detail = "" if status in ("done", "missing") else str(row["error"])
-        table.add_row(
-            row["model"], row["method"], str(row.get("bits", "")), row["setting"], status, detail, style=style
-        )
-    return Group(table, Text(counts(rows)))
+    for cell in cells:
+        status = cell["status"]
+        style = {Status.FAILED: "red", Status.MISSING: "dim"}.get(status)
+        detail = "" if status in (Status.DONE, Status.MISSING) else str(cell["error"])
+        table.add_row(cell["model"], cell["method"], _bits(cell), cell["setting"], status, detail, style=style)
+    return Group(table, Text(cell_counts(cells)))
 
 
-def counts(rows: Sequence[dict[str, Any]]) -> str:
-    """How many cells there are of every state: `3 done, 1 failed, 2 missing`."""
-    return status_counts(row["status"] for row in rows) or "no cells"
+def cell_counts(cells: Sequence[Run]) -> str:
+    """How many cells have each status: `3 done, 1 failed, 2 missing`."""
+    return status_counts(cell["status"] for cell in cells) or "no cells"
 
 
-def _number(row: dict[str, Any], key: str, form: str, unit: str = "") -> str:
-    value = row.get(key)
-    if value is None:
-        return ""
-    untouched = row["method"] == "fp16" and key.startswith(("quantize/", "layers/"))
-    return "-" if untouched else f"{value:{form}}{unit}"
-
-
-def _percent(row: dict[str, Any], key: str) -> str:
-    return f"{100 * row[key]:.1f}" if key in row else ""
-
-
-def _memory(row: dict[str, Any]) -> str:
-    return "evaluate/peak_memory_gb" if row["method"] == "fp16" else "quantize/peak_memory_gb"
-
-
-def _setting(row: dict[str, Any]) -> str:
-    """What sets a run apart: from the others of its sweep, or from the default grid and order."""
-    if "setting" in row:
-        return row["setting"]
-    group = f"group {row['group_size']}" if row.get("group_size") else ""
-    words = [group, "symmetric" * bool(row.get("symmetric")), "mse" * (row.get("grid_range") == "mse")]
-    words.append("act-order" * bool(row.get("act_order")))
-    return " ".join(word for word in words if word)
-
-
-def _facts(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What holds for all rows and is needed to read them."""
-    models = {f"{row['model']}, {row['parameters'] / 1e6:,.1f} M parameters" for row in rows if "parameters" in row}
-    protocols = {
-        f"{key.removeprefix('protocol/')}: {value}, {row['windows/' + key.removeprefix('protocol/')]} windows"
-        for row in rows
-        for key, value in row.items()
-        if key.startswith("protocol/")
-    }
-    questions = {
-        f"{name[1]}: {value} questions"
-        for row in rows
-        for key, value in row.items()
-        if (name := re.fullmatch("zero_shot/(.+)/samples", key))
-    }
-    mark = (
-        [f"{MARK.strip()} damping was raised in some layers, see layers.csv"] if any(map(_damping_raised, rows)) else []
-    )
-    skipped = dict.fromkeys(key.removeprefix("skipped/") for row in rows for key in row if key.startswith("skipped/"))
-    missing = [f"not measured: {', '.join(skipped)} (why: skipped/ in metrics.json)"] if skipped else []
-    return [*(sorted(models) if len(models) < 2 else []), *sorted(protocols), *sorted(questions), *mark, *missing]
-
-
-def _damping_raised(row: dict[str, Any]) -> bool:
-    return bool(row.get("warnings/damping_raised"))
-
-
-def failure_text(row: dict[str, Any]) -> str:
+def failure_text(run: Run) -> str:
     """Why a run did not end well, and where that is recorded."""
-    what = f"{row['method']} {row['status']} during {row['stage']}: {row['error']}"
-    return f"{what}\n(recorded in {row['folder']}/metrics.json)"
+    what = f"{run['method']} {run['status']} during {run['stage']}: {run['error']}"
+    return f"{what}\n(recorded in {run['folder']}/{metrics.METRICS})"
 
 
-def next_steps(row: dict[str, Any]) -> str:
-    """Where the results of a run lie, and what to try next."""
-    tracked = f"\ntracked   {row['tracker']}" if row["tracker"] else ""
+def next_steps(run: Run) -> str:
+    """Where the results of a run are, and what to try next."""
+    tracked = f"\ntracked   {run['tracker']}" if run["tracker"] else ""
     return f"""
-results   {row["folder"]}{tracked}
+results   {run["folder"]}{tracked}
 
 next      python run.py -m method=rtn,gptq,quantease bits=2,3,4
           python run.py method=gptq_quantease group_size=64
           python run.py model=opt-125m            (needs the model hub)
           python run.py --help"""
+
+
+def _columns(runs: Sequence[Run]) -> list[Column]:
+    several_models = len({run["model"] for run in runs}) > 1
+    any_setting = any(_setting(run) not in DEFAULT_GRIDS for run in runs)
+    any_not_done = any(run["status"] != Status.DONE for run in runs)
+    return [
+        *([Column("model", lambda run: run["model"], "left")] if several_models else []),
+        Column("method", _method, "left"),
+        Column("bits", _bits),
+        *([Column("setting", _setting, "left")] if any_setting else []),
+        _number("bits/\nweight", metrics.BITS_PER_WEIGHT, ".2f"),
+        *(_number(f"ppl\n{_narrow(text)}", metrics.ppl(text), ".2f") for text in _names(runs, "ppl")),
+        *(_accuracy(task) for task in _zero_shot_tasks(runs, "acc")),
+        _number("layer\nerror", metrics.RELATIVE_ERROR, ".2e", of_quantization=True),
+        _number("seconds", metrics.QUANTIZE_SECONDS, ".1f", of_quantization=True),
+        Column("memory", _memory),
+        *([Column("status", lambda run: run["status"], "left")] if any_not_done else []),
+    ]
+
+
+def _number(heading: str, key: str, form: str, *, of_quantization: bool = False) -> Column:
+    """A column of one metric; empty where a run lacks it. `of_quantization`: without meaning for the unquantized model."""
+
+    def text(run: Run) -> str:
+        if run.get(key) is None:
+            return ""
+        return "-" if of_quantization and run["method"] == REFERENCE else f"{run[key]:{form}}"
+
+    return Column(heading, text)
+
+
+def _accuracy(task: str) -> Column:
+    key = metrics.zero_shot(task, "acc")
+    name = task.removesuffix("_openai").removeprefix("stdlib_")
+    return Column(f"acc %\n{_narrow(name)}", lambda run: f"{100 * run[key]:.1f}" if key in run else "")
+
+
+def _method(run: Run) -> str:
+    return f"{run['method']} {RAISED_DAMPING}" if _damping_was_raised(run) else run["method"]
+
+
+def _bits(run: Run) -> str:
+    return str(run.get("bits", ""))
+
+
+def _setting(run: Run) -> str:
+    """What distinguishes a run: from the others of its sweep if that is known, else by its grid and order of columns."""
+    return run["setting"] if "setting" in run else grid_words(run)
+
+
+def _memory(run: Run) -> str:
+    """The peak of the stage that matters: of the unquantized model there is only the evaluation."""
+    peak = run.get(metrics.EVALUATE_MEMORY if run["method"] == REFERENCE else metrics.QUANTIZE_MEMORY)
+    return "" if peak is None else f"{peak:.2f} GB"
+
+
+def _narrow(name: str) -> str:
+    """A name in several lines, so that many columns fit into a terminal."""
+    return name.replace("_", "_\n")
+
+
+def _names(runs: Sequence[Run], family: str) -> list[str]:
+    """The names in a family's keys of all runs, each once, in order."""
+    return list(dict.fromkeys(name for run in runs for name in metrics.names(run, family)))
+
+
+def _zero_shot_tasks(runs: Sequence[Run], metric: str) -> list[str]:
+    """The tasks for which any run has the metric, each once, in order."""
+    parts = [metrics.zero_shot_parts(key) for run in runs for key in run]
+    return list(dict.fromkeys(part[0] for part in parts if part is not None and part[1] == metric))
+
+
+def _facts(runs: Sequence[Run]) -> list[str]:
+    """What holds for all runs and is needed to read their numbers: model, protocols, samples, and what is missing."""
+    return [*_model(runs), *_protocols(runs), *_questions(runs), *_damping(runs), *_not_measured(runs)]
+
+
+def _model(runs: Sequence[Run]) -> list[str]:
+    """Nothing where the runs are of several models: those have a column."""
+    models = {f"{run['model']}, {run['parameters'] / 1e6:,.1f} M parameters" for run in runs if "parameters" in run}
+    return list(models) if len(models) == 1 else []
+
+
+def _protocols(runs: Sequence[Run]) -> list[str]:
+    return sorted(
+        {
+            f"{text}: {run[metrics.protocol(text)]}, {run[metrics.windows(text)]} windows"
+            for run in runs
+            for text in metrics.names(run, "protocol")
+        }
+    )
+
+
+def _questions(runs: Sequence[Run]) -> list[str]:
+    counts = {task: metrics.zero_shot(task, "samples") for task in _zero_shot_tasks(runs, "samples")}
+    return sorted({f"{task}: {run[key]} questions" for task, key in counts.items() for run in runs if key in run})
+
+
+def _damping(runs: Sequence[Run]) -> list[str]:
+    raised = any(_damping_was_raised(run) for run in runs)
+    return [f"{RAISED_DAMPING} damping was raised in some layers, see layers.csv"] if raised else []
+
+
+def _not_measured(runs: Sequence[Run]) -> list[str]:
+    skipped = _names(runs, "skipped")
+    return [f"not measured: {', '.join(skipped)} (why: skipped/ in metrics.json)"] if skipped else []
+
+
+def _damping_was_raised(run: Run) -> bool:
+    return bool(run.get(metrics.warning("damping_raised")))

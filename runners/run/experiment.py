@@ -11,8 +11,9 @@ from runners.config.settings import Settings
 from runners.errors import InputError
 from runners.quantization.finished_blocks import delete_finished_blocks
 from runners.results.layers import LayerRecord, refuse_warnings
-from runners.results.progress import Progress, owner, read_progress, remove_progress
-from runners.results.run_folder import METRICS, RunFolder
+from runners.results.metrics import METRICS
+from runners.results.progress import Progress, owner_words, read_progress, remove_progress
+from runners.results.run_folder import RunFolder
 from runners.run.preflight import Inputs, preflight, run_environment
 from runners.run.stages import Work
 from runners.storage.files import check_writable
@@ -45,20 +46,20 @@ def run_cell(settings: Settings, is_asked_for: bool = True) -> dict[str, Any]:
         InputError: the run's folder cannot be read or written, so there is nowhere to put a row.
     """
     folder = RunFolder(settings.folder)
-    if (ended := folder.settled(settings.execution.force, settings.execution.retry_failed)) is not None:
+    if (ended := folder.metrics_to_keep(settings.execution.force, settings.execution.retry_failed)) is not None:
         return _on_disk(settings, ended, is_asked_for)
     check_writable(folder.path)
     if not is_asked_for and folder.is_running():
-        log.info("waiting for %s: %s works on it", settings.run_name, owner(read_progress(folder.path)))
-    with folder.claim(wait=not is_asked_for) as mine:
+        log.info("waiting for %s: %s works on it", settings.run_name, owner_words(read_progress(folder.path)))
+    with folder.lock(wait=not is_asked_for) as mine:
         if not mine:
-            error = f"{owner(read_progress(folder.path))}, works on it"
+            error = f"{owner_words(read_progress(folder.path))}, works on it"
             return _labels(settings) | {"status": "running", "error": error, "folder": str(folder.path)}
         if (
-            ended := folder.settled(settings.execution.force, settings.execution.retry_failed)
+            ended := folder.metrics_to_keep(settings.execution.force, settings.execution.retry_failed)
         ) is not None:  # by who held it until now
             return _on_disk(settings, ended, is_asked_for)
-        folder.clear()
+        folder.clear_result()
         return _run(settings, folder)
 
 
@@ -73,13 +74,13 @@ def _run(settings: Settings, folder: RunFolder) -> dict[str, Any]:
     state, interrupt = Progress(folder.path), None
     with track(settings, folder.path) as tracker:
         try:
-            with state.watching():
+            with state.follow_bars():
                 metrics = _measure(settings, folder, state, tracker)
         except Exception as error:
             metrics = _failure(error, state)
         except KeyboardInterrupt as error:
             interrupt = error
-            metrics = failed_row(settings, "interrupted", state.stage, INTERRUPTED.format(where=state.where()))
+            metrics = failure_metrics(settings, "interrupted", state.stage, INTERRUPTED.format(where=state.words()))
         metrics = _labels(settings) | metrics
         tracker.finish(metrics, state.records)
     folder.write_json(METRICS, metrics)
@@ -160,6 +161,6 @@ def _failure(error: Exception, state: Progress) -> dict[str, Any]:
     }
 
 
-def failed_row(settings: Settings, reason: str, stage: str, error: str) -> dict[str, Any]:
+def failure_metrics(settings: Settings, reason: str, stage: str, error: str) -> dict[str, Any]:
     """The row of a run that cannot write its own, because its process is gone."""
     return _labels(settings) | {"status": "failed", "reason": reason, "stage": stage, "error": error}

@@ -22,7 +22,7 @@ from runners.quantization.calibration_modes import CalibrationMode, FullPrecisio
 from runners.quantization.finished_blocks import FinishedBlocks, delete_finished_blocks
 from runners.quantization.input_statistics import StatisticsCache
 from runners.quantization.layerwise import Quantization
-from runners.results.layers import LayerRecord, summary
+from runners.results.layers import LayerRecord, summarize_layers
 from runners.run.keys import model_key, resume_identity, statistics_key
 from runners.run.preflight import Inputs
 from runners.storage.cache import Cache
@@ -83,7 +83,7 @@ class Work:
                 step(f"block {record.block + 1}/{len(blocks)}  {record.layer}")
 
             records = quantization.run(told)
-        return summary(records, self.inputs.checkpoint.parameters, stored_bits) | {
+        return summarize_layers(records, self.inputs.checkpoint.parameters, stored_bits) | {
             "quantize/seconds": sum(phases.seconds.values()),  # of all the processes that a run has had
             "quantize/peak_memory_gb": meter.peak_memory_gb,
             **{f"quantize/{name}_seconds": seconds for name, seconds in phases.seconds.items()},

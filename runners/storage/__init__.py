@@ -1,1 +1,1 @@
-"""Files that are there whole or not at all, a cache under hashes, and fingerprints of what is on disk."""
+"""Atomic files, locks, a cache of tensors, and fingerprints of files."""

@@ -1,7 +1,8 @@
-"""Tensors that several runs need, computed once: safetensors files under the hash of all that they depend on.
+"""Tensors that several runs need, computed once: safetensors files named by the hash of everything that they depend on.
 
-A file counts only with its marker, which is written last and holds the file's checksum. The folder is bounded in size;
-what was made first goes first. What is damaged or gone is computed again, so the folder may be deleted at any time.
+A file is valid only with its marker, a JSON file of the same name that holds its checksum. The folder is bounded in size,
+and its oldest files are removed first. A file that is damaged or gone is computed again, so the folder may be deleted at
+any time.
 """
 
 import json
@@ -26,7 +27,11 @@ class Cache:
 
     Args:
         folder: None: nothing is kept.
-        limit_gb: what the folder may hold, in units of 10^9 bytes.
+        limit_gb: the largest size of the folder, in units of 10^9 bytes.
+
+    Attributes:
+        hits: how often `get` has found its tensors.
+        misses: how often it has not.
     """
 
     def __init__(self, folder: Path | None, limit_gb: float) -> None:
@@ -36,7 +41,7 @@ class Cache:
         self._limit = limit_gb * 1e9
 
     def get(self, key: dict[str, Any], device: str) -> dict[str, Tensor] | None:
-        """The tensors that were put under `key`, on `device`; None if they are not there, or damaged."""
+        """The tensors that were put under `key`, on `device`; None if they are missing or damaged."""
         tensors = None if self._folder is None else self._read(self._folder / _name(key), device)
         if tensors is None:
             self.misses += 1
@@ -45,7 +50,7 @@ class Cache:
         return tensors
 
     def put(self, key: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Keep the tensors, unless they alone are more than the folder may hold; a full disk is no error."""
+        """Keep the tensors, unless they alone exceed the folder's limit. An error is only logged: the cache is optional."""
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self._folder is None or size > self._limit:
             return
@@ -53,8 +58,10 @@ class Cache:
         try:
             self._make_room(size)
             write_tensors(file, tensors)
+            # The marker last: without it the file counts for nothing, so a kill in between costs time and no number. The
+            # checksum is read back from the disk, not taken from memory, and so sees a write that went wrong.
             write(file.with_suffix(".json"), json.dumps({"sha256": file_sha256(file), "key": key}, indent=2))
-        except Exception as error:  # the run does not need it
+        except Exception as error:  # whatever it is, the run can do without
             log.warning("%s is not kept for other runs: %s", file, error)
             with suppress(OSError):
                 file.unlink(missing_ok=True)
@@ -63,7 +70,7 @@ class Cache:
         try:
             marker = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
             if marker["sha256"] != file_sha256(file):
-                raise ValueError("its checksum is another")
+                raise ValueError("its checksum does not match")
             return load_file(file, device)
         except FileNotFoundError:
             return None
@@ -72,6 +79,7 @@ class Cache:
             return None
 
     def _make_room(self, size: int) -> None:
+        """Remove the oldest files until `size` bytes more are within the limit."""
         if self._folder is None or not self._folder.is_dir():
             return
         entries = []
@@ -83,6 +91,7 @@ class Cache:
         for _, taken, file in sorted(entries):
             if total + size <= self._limit:
                 return
+            # The marker first, for the same reason that it is written last.
             file.with_suffix(".json").unlink(missing_ok=True)
             file.unlink(missing_ok=True)
             total -= taken

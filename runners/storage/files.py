@@ -1,4 +1,7 @@
-"""Files that are there whole or not at all, and locks that die with their process."""
+"""Atomic files, and locks that end with their process.
+
+A reader sees the old content of a file or the new one, never a part: also after a kill, a full disk or a power failure.
+"""
 
 import os
 from collections.abc import Iterator
@@ -14,46 +17,55 @@ from runners.errors import InputError
 
 
 def write(path: Path, content: str) -> None:
-    """Write a file so that it is there whole or not at all: to a temporary name, flushed to the disk, then renamed.
+    """Write a text file atomically.
 
     Raises:
-        InputError: the file cannot be written (no room, no permission); what stood there before is untouched.
+        InputError: the file cannot be written (no room, no permission); its old content is untouched.
     """
-    with _replacing(path) as partial:
+    with _atomically(path) as partial:
         partial.write_text(content, encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """The same for a safetensors file.
+    """Write a safetensors file atomically, from any device.
 
     Raises:
         InputError: as for `write`.
     """
-    with _replacing(path) as partial:
+    with _atomically(path) as partial:
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial, metadata)
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which is flushed to the disk and takes its place if nothing goes wrong."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may write the same file
+def _atomically(path: Path) -> Iterator[Path]:
+    """Yields a temporary name for the caller to write to; that file replaces `path` if nothing goes wrong."""
+    # In the same folder, because a rename is atomic only within a file system. With the process id, because several
+    # processes may write the same file (the cache). `RunFolder.clear_result` removes what a killed process leaves.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         with partial.open("rb") as file:
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # before the rename, or a power failure could leave the new name with no content
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{path} cannot be written ({why}): make room there or set results=FOLDER") from error
     finally:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)  # after an error; a rename has left nothing to remove
 
 
 @contextmanager
-def claim(file: Path, timeout: float) -> Iterator[bool]:
-    """Lock a file against all other processes; yields False where that takes longer than `timeout` seconds (-1: never).
+def file_lock(file: Path, timeout: float) -> Iterator[bool]:
+    """Lock a file against all other processes. The kernel releases the lock when its process dies, however it dies.
+
+    Args:
+        file: created if missing; its content has no meaning.
+        timeout: seconds to wait for another process; -1: for ever.
+
+    Yields:
+        Whether the lock is held; False after the timeout.
 
     Raises:
         InputError: the file system has no locks, or refuses them.
@@ -77,9 +89,11 @@ def check_writable(folder: Path) -> None:
     """Refuse, before any work, a folder that results cannot be written to.
 
     Raises:
-        InputError: saying why.
+        InputError: with the reason.
     """
-    probe = folder / f".writable-{os.getpid()}"
+    probe = (
+        folder / f".writable-{os.getpid()}"
+    )  # only writing tells: permissions do not show quotas or read-only mounts
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()

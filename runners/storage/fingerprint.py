@@ -1,4 +1,4 @@
-"""What is in a file or folder, in a few digits: the same wherever it lies, another when its content is another."""
+"""Short hashes of files and folders: equal for equal content, wherever it is on disk."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -16,38 +16,38 @@ OF_A_CHECKPOINT = {
     "tokenizer.model",
 }
 CODE = ("quantease/**/*.py", "baselines/**/*.py", "runners/**/*.py")  # all that can change a number, and a little more
-SAMPLES, SAMPLE = 64, 65_536  # how many pieces, of how many bytes, of a large file are read
+SAMPLES, SAMPLE = 64, 65_536  # pieces of a large file that are read, and bytes of each
 
 
 @lru_cache
 def checkpoint_fingerprint(folder: Path) -> str:
-    """Of a checkpoint's weights, configuration and tokenizer."""
+    """The fingerprint of a checkpoint's weights, configuration and tokenizer."""
     files = folder.glob("*") if folder.is_dir() else []
     return fingerprint(file for file in files if file.name in OF_A_CHECKPOINT or file.suffix == ".safetensors")
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """A hash of names, sizes and contents; of files of more than 4 MB, of 64 pieces spread over them.
+    """A hash of names, sizes and contents; for files of more than 4 MB, of 64 pieces spread evenly over each.
 
-    So another checkpoint has another fingerprint, but a bit that flips between the pieces of a large file is not seen:
-    hashing all of it would take longer than the checks before a sweep may.
+    Two checkpoints have two fingerprints, but a bit that flips between the pieces of a large file is not seen: to hash all
+    of it would take longer than the checks before a sweep may take.
     """
     digest = sha256()
-    for file in sorted(files):
+    for file in sorted(files):  # the order of a folder's entries differs between file systems
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with file.open("rb") as opened:
             if size <= SAMPLES * SAMPLE:
                 digest.update(opened.read())
                 continue
-            for place in range(SAMPLES):
+            for place in range(SAMPLES):  # the first piece is at the start of the file, the last at its very end
                 opened.seek(place * (size - SAMPLE) // (SAMPLES - 1))
                 digest.update(opened.read(SAMPLE))
     return digest.hexdigest()[:16]
 
 
 def file_sha256(file: Path) -> str:
-    """Of the whole file."""
+    """The SHA-256 of a whole file."""
     with file.open("rb") as opened:
         return file_digest(opened, "sha256").hexdigest()
 

@@ -7,21 +7,21 @@ from typing import Any
 
 from runners.config.settings import Settings
 from runners.errors import InputError
-from runners.results.progress import owner, read_progress, where
+from runners.results.progress import owner_words, progress_words, read_progress
 from runners.results.run_folder import RunFolder
-from runners.storage.files import claim, write
+from runners.storage.files import file_lock, write
 
 CELLS = "cells.json"  # in a study's folder: what its sweeps are to run, by run folder
 
 
-def describe(cells: Sequence[Settings]) -> list[dict[str, Any]]:
+def describe_cells(cells: Sequence[Settings]) -> list[dict[str, Any]]:
     """One row a cell: what it is, and under `status` and `error` how far it has come."""
     unique = list({cell.folder: cell for cell in cells}.values())
     rows = zip(unique, differences(unique), strict=True)
-    return [_label(cell, difference) | state(cell.folder) for cell, difference in rows]
+    return [_label(cell, difference) | read_status(cell.folder) for cell, difference in rows]
 
 
-def state(folder: Path) -> dict[str, Any]:
+def read_status(folder: Path) -> dict[str, Any]:
     """How far the run in a folder has come.
 
     Returns:
@@ -37,15 +37,15 @@ def state(folder: Path) -> dict[str, Any]:
         return metrics
     progress = read_progress(folder)
     if run.is_running():
-        seen = "" if progress is None else f"{where(progress).removeprefix('during ')}; "
-        return {"status": "running", "error": seen + owner(progress), "progress": progress}
-    last = metrics["error"] if metrics else "" if progress is None else f"its process died {where(progress)}"
+        seen = "" if progress is None else f"{progress_words(progress).removeprefix('during ')}; "
+        return {"status": "running", "error": seen + owner_words(progress), "progress": progress}
+    last = metrics["error"] if metrics else "" if progress is None else f"its process died {progress_words(progress)}"
     if blocks := len(list(folder.glob("checkpoint/block-*.json"))):
         return {"status": "unfinished", "error": "; ".join([f"{blocks} blocks are on disk", *([last] if last else [])])}
     return {"status": "interrupted" if last else "missing", "error": last or "it did not run"}
 
 
-def register(cells: Sequence[Settings]) -> None:
+def register_cells(cells: Sequence[Settings]) -> None:
     """Write down what a sweep is to run, references included, beside what other sweeps of its study have written."""
     for study in {cell.study_folder for cell in cells}:
         mine = [cell for cell in cells if cell.study_folder == study]
@@ -53,11 +53,11 @@ def register(cells: Sequence[Settings]) -> None:
         unique = list((references | {cell.folder: cell for cell in mine}).values())
         rows = zip(unique, differences(unique), strict=True)
         labels = {cell.folder.relative_to(study).as_posix(): _label(cell, difference) for cell, difference in rows}
-        with claim(study / f".{CELLS}.lock", -1):
-            write(study / CELLS, json.dumps(registered(study) | labels, indent=1) + "\n")
+        with file_lock(study / f".{CELLS}.lock", -1):
+            write(study / CELLS, json.dumps(registered_cells(study) | labels, indent=1) + "\n")
 
 
-def registered(study: Path) -> dict[str, dict[str, Any]]:
+def registered_cells(study: Path) -> dict[str, dict[str, Any]]:
     """What the sweeps of a study are to run, by run folder.
 
     Raises:

@@ -23,9 +23,10 @@ from omegaconf import OmegaConf
 
 from runners.config.settings import Settings
 from runners.errors import InputError
-from runners.results.progress import read_progress, remove_progress, where
-from runners.results.run_folder import METRICS, RunFolder
-from runners.run.experiment import INTERRUPTED, failed_row, run_experiment
+from runners.results.metrics import METRICS
+from runners.results.progress import progress_words, read_progress, remove_progress
+from runners.results.run_folder import RunFolder
+from runners.run.experiment import INTERRUPTED, failure_metrics, run_experiment
 from runners.sweeps.gpus import lease
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def run_isolated(settings: Settings, logs: dict[str, Any] | None = None) -> list
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
     """Take SIGTERM, as schedulers send it, for Ctrl-C, where nobody else has taken it."""
     is_free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if not is_free or threading.current_thread() is not threading.main_thread():
@@ -72,9 +73,8 @@ def interruptible() -> Iterator[None]:
 
 
 def _nothing_to_do(settings: Settings) -> bool:
-    return all(
-        RunFolder(cell.folder).settled(cell.execution.force, cell.execution.retry_failed) for cell in _cells([settings])
-    )
+    runs = [(RunFolder(cell.folder), cell.execution) for cell in _cells([settings])]
+    return all(folder.metrics_to_keep(execution.force, execution.retry_failed) for folder, execution in runs)
 
 
 def _run_child(settings: Settings, environment: dict[str, str], logs: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -192,11 +192,11 @@ def _leave_row(settings: Settings, process: BaseProcess, reason: str, error: str
     row = None if had_ended else _write_row(cell, progress, reason, error)
     if row is not None and cell is not settings:
         log.error("error: %s: %s", cell.run_name, row["error"])
-    metrics = RunFolder(settings.folder).metrics() or failed_row(settings, reason, "start", error)
+    metrics = RunFolder(settings.folder).metrics() or failure_metrics(settings, reason, "start", error)
     return [metrics | {"folder": str(settings.folder), "tracker": None}]
 
 
-def settle(cells: Sequence[Settings]) -> None:
+def record_dead_runs(cells: Sequence[Settings]) -> None:
     """Write the rows of runs whose processes died without anybody left to see it, as when a launcher kills its workers."""
     for cell in _cells(cells):
         progress = read_progress(cell.folder)
@@ -214,12 +214,12 @@ def _write_row(cell: Settings, progress: dict[str, Any], reason: str, error: str
     """The row of a run whose process is gone, unless it is done or another process has taken it up."""
     folder = RunFolder(cell.folder)
     folder.path.mkdir(parents=True, exist_ok=True)
-    with folder.claim(wait=False) as mine:
+    with folder.lock(wait=False) as mine:
         ended = folder.metrics()
         if not mine or (ended is not None and ended["status"] != "failed"):
             return None
         progress = read_progress(folder.path) or progress
-        row = failed_row(cell, reason, progress["stage"], error.format(where=where(progress)))
+        row = failure_metrics(cell, reason, progress["stage"], error.format(where=progress_words(progress)))
         folder.write_json(METRICS, row)
         remove_progress(folder.path)
         return row

@@ -16,7 +16,7 @@ from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from runners.errors import InputError
 from runners.models.blocks import InMemoryModel, decoder_blocks, linear_layers
-from runners.results.layers import WARNINGS, LayerRecord, refuse_warnings, summary
+from runners.results.layers import WARNINGS, LayerRecord, refuse_warnings, summarize_layers
 from tests.families import FAMILIES, random_ids, random_model
 from tests.quantize import quantize
 
@@ -139,7 +139,7 @@ def test_a_solution_that_is_not_finite_leaves_the_layer_alone_and_says_so() -> N
     assert [(record.block, record.layer) for record in left] == [(0, "fc1"), (1, "fc1")]
     assert all(record.non_finite and record.bits_per_weight == 32 for record in left)
     assert left[0].notes == "Broken gave weights that are not finite"
-    figures = summary(records, 10**6, 32)
+    figures = summarize_layers(records, 10**6, 32)
     assert (figures["warnings/left_alone"], figures["warnings/non_finite"]) == (2, 2)
     # 4 x 32 x 32 and 32 x 64 weights of a block at 3 + 19 / 32 and 3 + 19 / 64 bits, 64 x 32 at 32.
     expected = (4096 * (3 + 19 / 32) + 2048 * (3 + 19 / 64) + 2048 * 32) / 8192
@@ -175,7 +175,7 @@ def test_inputs_that_are_always_zero_and_the_smallest_scales_are_counted() -> No
     assert by_name[0, "fc2"].dead_columns >= 5
     assert by_name[0, "fc2"].clipped_scales == 1
     assert by_name[0, "fc1"].dead_columns == 0
-    figures = summary(list(by_name.values()), 10**6, 32)
+    figures = summarize_layers(list(by_name.values()), 10**6, 32)
     assert figures["warnings/dead_columns"] == sum(record.dead_columns for record in by_name.values())
     assert figures["warnings/clipped_scales"] == 1
 
@@ -189,7 +189,7 @@ def test_damping_that_had_to_be_raised_is_counted() -> None:
     raised = [record for record in records if record.damping_raised]
     assert (0, "fc2") in {(record.block, record.layer) for record in raised}
     assert all("damping raised from 0 to" in record.notes and record.damping for record in raised)
-    assert summary(records, 10**6, 32)["warnings/damping_raised"] == len(raised)
+    assert summarize_layers(records, 10**6, 32)["warnings/damping_raised"] == len(raised)
     assert not any(record.damping_raised for record in run(random_model("opt"), GPTQ()))
 
 
@@ -207,7 +207,7 @@ def test_the_bits_of_a_model_by_hand() -> None:
         LayerRecord(0, "a", 10, 20, bits_per_weight=3.0, outlier_ratio=0.04, relative_error=0.1),
         LayerRecord(0, "b", 30, 20, bits_per_weight=5.0, relative_error=0.3),
     ]
-    figures = summary(layers, 1000, 16)
+    figures = summarize_layers(layers, 1000, 16)
     assert figures["bits_per_weight"] == pytest.approx((200 * 3 + 600 * 5) / 800)
     assert figures["bits_per_parameter"] == pytest.approx((200 * 3 + 600 * 5 + 200 * 16) / 1000)
     assert figures["outlier_ratio"] == pytest.approx(200 * 0.04 / 800)
@@ -220,7 +220,7 @@ def test_the_parameters_of_a_model_are_all_accounted_for() -> None:
     records = run(model, RTN())
     total = sum(parameter.numel() for parameter in model.parameters())  # tied parameters appear once
     quantized = sum(record.out_features * record.in_features for record in records)
-    figures = summary(records, total, 32)
+    figures = summarize_layers(records, total, 32)
     expected = figures["bits_per_weight"] * quantized + 32 * (total - quantized)
     assert figures["bits_per_parameter"] * total == pytest.approx(expected)
     assert figures["bits_per_weight"] < figures["bits_per_parameter"] < 32

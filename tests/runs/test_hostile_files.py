@@ -28,7 +28,8 @@ from runners.errors import InputError
 from runners.models.memory import Memory
 from runners.quantization.finished_blocks import FinishedBlocks
 from runners.results.layers import LayerRecord
-from runners.results.run_folder import METRICS, RunFolder
+from runners.results.metrics import METRICS
+from runners.results.run_folder import RunFolder
 from tests.conftest import PROJECT
 from tests.hostile import damage, examples, json_values, sentence
 from tests.problems import random_problem

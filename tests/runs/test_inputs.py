@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from runners.errors import InputError
 from runners.models.checkpoint import Model, check_files, open_checkpoint
-from runners.results.run_folder import METRICS, RunFolder
+from runners.results.metrics import METRICS
+from runners.results.run_folder import RunFolder
 from runners.run.experiment import run_cell
 from runners.storage.files import check_writable, write
 from tests.conftest import ToySettings, write_rows

@@ -14,38 +14,41 @@ from runners import cli, status
 from runners.arguments import start
 from runners.config.command_line import check
 from runners.errors import WRONG_INPUT
+from runners.results.metrics import METRICS
 from runners.results.progress import Progress
-from runners.results.run_folder import METRICS, RunFolder
-from runners.sweeps.cells import CELLS, register, registered, state
+from runners.results.run_folder import RunFolder
+from runners.sweeps.cells import CELLS, read_status, register_cells, registered_cells
 from tests.conftest import ToySettings
 
+MEASURED = {"bits_per_weight": 3.5, "layers/mean_relative_error": 0.0}
 
-def end(folder: Path, **row: Any) -> None:
-    RunFolder(folder).write_json(METRICS, {"method": "rtn", "model": "toy", "layers/mean_relative_error": 0.0} | row)
+
+def end(folder: Path, **metrics: Any) -> None:
+    RunFolder(folder).write_json(METRICS, {"method": "rtn", "model": "toy", "bits": 3} | MEASURED | metrics)
 
 
 def test_the_states_of_a_run(tmp_path: Path) -> None:
     folder = tmp_path / "rtn-3b-0123456789"
-    assert state(folder)["status"] == "missing"
+    assert read_status(folder)["status"] == "missing"
     folder.mkdir()
     progress = Progress(folder)
     progress.stage = "evaluate"
-    with RunFolder(folder).claim(wait=False):
-        assert state(folder)["status"] == "running"
-        assert state(folder)["error"].startswith("evaluate; process ")
-    assert state(folder) == {"status": "interrupted", "error": "its process died during evaluate"}
+    with RunFolder(folder).lock(wait=False):
+        assert read_status(folder)["status"] == "running"
+        assert read_status(folder)["error"].startswith("evaluate; process ")
+    assert read_status(folder) == {"status": "interrupted", "error": "its process died during evaluate"}
     for block in range(3):
         (folder / "checkpoint").mkdir(exist_ok=True)
         (folder / "checkpoint" / f"block-{block:05}.json").touch()
-    assert state(folder)["status"] == "unfinished"
-    assert state(folder)["error"] == "3 blocks are on disk; its process died during evaluate"
+    assert read_status(folder)["status"] == "unfinished"
+    assert read_status(folder)["error"] == "3 blocks are on disk; its process died during evaluate"
     end(folder, status="failed", reason="interrupted", stage="quantize", error="interrupted during quantize")
-    assert state(folder)["error"] == "3 blocks are on disk; interrupted during quantize"
+    assert read_status(folder)["error"] == "3 blocks are on disk; interrupted during quantize"
     end(folder, status="done")
-    assert state(folder)["status"] == "done"
+    assert read_status(folder)["status"] == "done"
     (folder / METRICS).write_text("{")
-    assert state(folder)["status"] == "failed"
-    assert "cannot be read" in state(folder)["error"]
+    assert read_status(folder)["status"] == "failed"
+    assert "cannot be read" in read_status(folder)["error"]
 
 
 def test_looking_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:
@@ -61,7 +64,7 @@ def test_looking_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:
     watcher.start()
     try:
         for _ in range(20):
-            with RunFolder(tmp_path).claim(wait=False) as mine:
+            with RunFolder(tmp_path).lock(wait=False) as mine:
                 assert mine
     finally:
         over.set()
@@ -101,13 +104,13 @@ def test_a_dry_run_lists_the_cells_and_starts_nothing(
 
 def test_sweeps_of_a_study_share_a_list_of_their_cells(toy_settings: ToySettings) -> None:
     sweeps = [[toy_settings("method=rtn", f"bits={bits}")] for bits in (2, 3, 4, 5, 6)]
-    threads = [threading.Thread(target=register, args=(cells,)) for cells in sweeps]
+    threads = [threading.Thread(target=register_cells, args=(cells,)) for cells in sweeps]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     (study,) = {cells[0].study_folder for cells in sweeps}
-    listed = registered(study)
+    listed = registered_cells(study)
     assert sorted(row.get("bits", 16) for row in listed.values()) == [2, 3, 4, 5, 6, 16]
     assert listed[f"toy/{sweeps[0][0].run_name}"]["method"] == "rtn"
 
@@ -134,7 +137,7 @@ def study(tmp_path: Path) -> Path:
 
 
 def test_the_status_of_a_study(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with RunFolder(study / "toy/rtn-4b-0").claim(wait=False):
+    with RunFolder(study / "toy/rtn-4b-0").lock(wait=False):
         start(status.main, words=[f"results={study.parent}", "study=night"])
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert any(line.startswith("toy rtn 4 running quantize; process ") for line in lines)
@@ -209,4 +212,4 @@ def test_a_sweep_leaves_failed_cells_alone_and_says_so(
         assert sentence in printed
         assert "1 of 3 cells have not ended: the same command again goes on with them" in printed
         assert "rtn 2 bits: killed by SIGKILL" in printed
-    assert len(registered(cells[0].study_folder)) == 4
+    assert len(registered_cells(cells[0].study_folder)) == 4

@@ -20,12 +20,13 @@ from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from runners import cli
 from runners.config.settings import Method, Settings
 from runners.errors import InputError
+from runners.results.metrics import METRICS
 from runners.results.progress import PROGRESS, Progress, read_progress
-from runners.results.run_folder import METRICS, RunFolder
-from runners.run.experiment import failed_row, run_cell, run_experiment
+from runners.results.run_folder import RunFolder
+from runners.run.experiment import failure_metrics, run_cell, run_experiment
 from runners.sweeps import isolation
-from runners.sweeps.cells import state
-from runners.sweeps.isolation import interruptible, run_isolated, settle
+from runners.sweeps.cells import read_status
+from runners.sweeps.isolation import record_dead_runs, run_isolated, sigterm_as_interrupt
 from tests.conftest import PROJECT, ToySettings
 from tests.problems import random_problem
 
@@ -132,10 +133,10 @@ def test_a_failed_run_is_left_alone_until_it_is_to_be_retried(toy_settings: ToyS
     settings = toy_settings("method=rtn")
     folder = RunFolder(settings.folder)
     for reason, is_settled in {"exception": True, "killed": True, "timeout": True, "interrupted": False}.items():
-        folder.write_json(METRICS, failed_row(settings, reason, "quantize", "broke"))
-        assert (folder.settled(force=False, retry_failed=False) is not None) == is_settled
-        assert folder.settled(force=False, retry_failed=True) is None
-    folder.write_json(METRICS, failed_row(settings, "killed", "quantize", "broke"))
+        folder.write_json(METRICS, failure_metrics(settings, reason, "quantize", "broke"))
+        assert (folder.metrics_to_keep(force=False, retry_failed=False) is not None) == is_settled
+        assert folder.metrics_to_keep(force=False, retry_failed=True) is None
+    folder.write_json(METRICS, failure_metrics(settings, "killed", "quantize", "broke"))
     assert run_cell(settings)["error"] == "broke"
     assert run_cell(settings.replace(retry_failed=True))["status"] == "done"
 
@@ -145,7 +146,7 @@ def test_a_run_that_another_process_works_on_is_not_touched(toy_settings: ToySet
     settings = toy_settings("method=rtn", f"force={force}")
     folder = RunFolder(settings.folder)
     folder.path.mkdir(parents=True)
-    with folder.claim(wait=False) as mine:
+    with folder.lock(wait=False) as mine:
         assert mine
         Progress(folder.path)
         if force:
@@ -164,7 +165,7 @@ def test_a_reference_that_another_process_measures_is_waited_for(toy_settings: T
     has_it = threading.Event()
 
     def measure() -> None:
-        with reference.claim(wait=False):
+        with reference.lock(wait=False):
             has_it.set()
             time.sleep(2)
             reference.write_json(METRICS, DONE | {"by": "another"})
@@ -182,17 +183,17 @@ def test_the_row_of_a_run_that_nobody_saw_dying(toy_settings: ToySettings) -> No
     settings = toy_settings("method=rtn")
     settings.folder.mkdir(parents=True)
     Progress(settings.folder).stage = "evaluate"
-    with RunFolder(settings.folder).claim(wait=False):
-        settle([settings])  # it is alive
+    with RunFolder(settings.folder).lock(wait=False):
+        record_dead_runs([settings])  # it is alive
     assert not (settings.folder / METRICS).exists()
-    settle([settings])
+    record_dead_runs([settings])
     assert (stored(settings)["reason"], stored(settings)["stage"]) == ("interrupted", "evaluate")
     assert not (settings.folder / PROGRESS).exists()
 
 
 def test_sigterm_is_an_interrupt_and_then_what_it_was() -> None:
     def end() -> None:
-        with interruptible():
+        with sigterm_as_interrupt():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
 
@@ -203,7 +204,7 @@ def test_sigterm_is_an_interrupt_and_then_what_it_was() -> None:
 
 def test_an_interrupt_of_a_single_run_leaves_a_row(toy_settings: ToySettings) -> None:
     settings = ending(toy_settings("method=rtn"), "is interrupted by its scheduler")
-    with pytest.raises(KeyboardInterrupt), interruptible():
+    with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt():
         run_cell(settings)
     assert stored(settings)["reason"] == "interrupted"
     assert len((settings.folder / "layers.csv").read_text().splitlines()) == 1 + 5
@@ -259,7 +260,7 @@ def test_ctrl_c_ends_a_sweep_in_order(
     assert "Traceback" not in out
     row = json.loads((folder / METRICS).read_text())
     assert (row["reason"], row["stage"]) == ("interrupted", "quantize")
-    assert state(folder)["status"] == "interrupted"
+    assert read_status(folder)["status"] == "interrupted"
 
 
 def test_a_cell_does_not_outlive_its_sweep_and_a_killed_sweep_goes_on(
@@ -270,12 +271,12 @@ def test_a_cell_does_not_outlive_its_sweep_and_a_killed_sweep_goes_on(
     (folder,) = quantizing(tmp_path / "runs")
     os.kill((read_progress(folder) or {})["pid"], signal.SIGKILL)
     wait_for(lambda: bool(set(quantizing(tmp_path / "runs")) - {folder}))  # the next cell
-    assert state(folder)["reason"] == "killed"
+    assert read_status(folder)["reason"] == "killed"
     (other,) = quantizing(tmp_path / "runs")
-    assert state(other)["status"] == "running"
+    assert read_status(other)["status"] == "running"
     time.sleep(3)
     sweep.kill()
     sweep.wait()
     wait_for(lambda: not RunFolder(other).is_running())
-    assert state(other)["status"] == "interrupted"
-    assert state(other)["error"].startswith("interrupted during quantize")
+    assert read_status(other)["status"] == "interrupted"
+    assert read_status(other)["error"].startswith("interrupted during quantize")
