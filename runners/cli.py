@@ -12,11 +12,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from runners.config.command_line import CommandLine, configuration, read
+from runners.config.from_config import settings_from
 from runners.config.hydra_internals import launch, parse_arguments, run_here
 from runners.config.launchers import prepare_ray
 from runners.config.settings import Settings
 from runners.console import console
-from runners.errors import InputError
+from runners.errors import FAILED, INTERRUPTED, WRONG_INPUT, InputError
 from runners.results.metrics import OPEN, RELATIVE_ERROR, Status, bits_words
 from runners.results.tables import cells_table, failure_text, next_steps, results_table
 from runners.run.experiment import run_experiment
@@ -25,7 +26,6 @@ from runners.sweeps.isolation import record_dead_runs, run_isolated, sigterm_as_
 
 log = logging.getLogger(__name__)
 
-FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
 HYDRAS_OWN = (  # options with which Hydra shows something, or reads another configuration than conf/config.yaml
     *("help", "hydra_help", "cfg", "info", "shell_completion"),
     *("config_dir", "config_name", "config_path", "experimental_rerun"),
@@ -66,7 +66,7 @@ def job(cfg: DictConfig) -> float:
     """Run one cell from its composed configuration: in a sweep, wherever the launcher has put it."""
     single = HydraConfig.get().mode == RunMode.RUN
     try:
-        settings = Settings.from_config(cfg)
+        settings = settings_from(cfg)
     except InputError as error:
         return _failed(str(error), single)
     if settings.execution.dry_run:  # where Hydra was called without a look at the command line, as with --config-dir

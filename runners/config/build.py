@@ -4,14 +4,13 @@
 """
 
 import dataclasses
-import difflib
 import importlib
 import json
 import types
 import typing
 from typing import Any
 
-from runners.errors import InputError
+from runners.errors import InputError, known_names
 
 PACKAGES = ("quantease", "baselines", "runners")  # the only ones that `_target_` may name
 LEAVES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -69,12 +68,14 @@ def _class_to_build(classes: list[Any], value: dict[Any, Any], where: str) -> An
 
 
 def unknown_setting(where: str, key: str, known: list[str]) -> InputError:
-    """The error for a key that does not exist, with the one that was probably meant."""
-    close = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    place = f"{where} has" if where else "the settings are"
+    """The error for a key that does not exist, with the one that was probably meant.
+
+    Args:
+        where: the mapping that lacks the key; "" for the whole configuration.
+        known: the keys that it has.
+    """
     name = f"{where}.{key}" if where else key
-    return InputError(f"there is no setting {name}: {hint}{place} {', '.join(known) or 'none'}")
+    return InputError(f"there is no setting {name}: {known_names(key, known)}")
 
 
 def _construct(cls: Any, values: dict[str, Any], where: str) -> Any:

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from runners.config import launchers
 from runners.config import resolvers as resolvers  # importing it registers what conf/ interpolates
 from runners.config.build import unknown_setting
+from runners.config.from_config import settings_from
 from runners.config.hydra_internals import overrides_of_cells
 from runners.config.settings import Settings
 from runners.errors import InputError
@@ -81,7 +82,7 @@ def _read_single(overrides: list[Override], groups: set[str]) -> CommandLine:
             raise InputError(f"{override.input_line} names several values: add -m to run them all")
     config = _compose(_choices(overrides, groups), RunMode.RUN)
     _set_values(config, overrides, groups)
-    return CommandLine([Settings.from_config(config)], config)
+    return CommandLine([settings_from(config)], config)
 
 
 def _read_sweep(overrides: list[Override], groups: set[str]) -> CommandLine:
@@ -102,7 +103,7 @@ def _cell_of_sweep(overrides: list[Override], groups: set[str], bases: dict[tupl
         bases[choices] = _compose(choices, RunMode.RUN)
     config = copy.deepcopy(bases[choices])
     _set_values(config, overrides, groups)
-    return Settings.from_config(config)
+    return settings_from(config)
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from runners.config.settings import Settings
+from runners.config.from_config import settings_from
 from runners.project import CONF, ROOT
 
 
 def _run_name(*, _root_: DictConfig) -> str:
-    return Settings.from_config(_root_).run_name
+    return settings_from(_root_).run_name
 
 
 def _choices(group: str) -> str:

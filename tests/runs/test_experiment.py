@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported
-from runners.config.settings import Method
+from runners.config.run import Method
 from runners.errors import InputError
 from runners.run import experiment
 from runners.run import stages as work

@@ -208,7 +208,7 @@ TARGETS = [
 TARGETS += [
     "runners.cli.start",
     "runners.run.experiment.run_cell",
-    "runners.config.settings.Tracker",
+    "runners.config.execution.Tracker",
     "runners.data.datasets.HubDataset",
 ]
 TARGETS += [
@@ -249,7 +249,7 @@ def test_a_method_that_lacks_a_member_of_the_protocol_is_refused(monkeypatch: py
     assert build(LayerSolver, {"_target_": "baselines.rtn.Derives"}, "method").rows_independent is False
 
 
-@pytest.mark.parametrize("target", ["os.system", "runners.config.settings.Tracker", "baselines.rtn.RTN"])
+@pytest.mark.parametrize("target", ["os.system", "runners.config.execution.Tracker", "baselines.rtn.RTN"])
 def test_a_target_that_is_no_data_set_is_refused(target: str) -> None:
     text = {"protocol": "gptq", "dataset": {"_target_": target}}
     with pytest.raises(InputError, match=r"texts\.a\.dataset\._target_ is"):

@@ -13,7 +13,9 @@ from baselines.rtn import RTN
 from baselines.spqr import SpQR
 from quantease.coordinate_descent import QuantEase
 from quantease.outliers import OutlierQuantEase
-from runners.config.settings import RUN_SETTINGS, Execution, Method, Run, Settings, Tracker
+from runners.config.execution import Execution, Tracker
+from runners.config.run import Method, Run
+from runners.config.settings import RUN_SETTINGS, Settings
 from runners.data.calibration import Calibration
 from runners.data.datasets import HubDataset, StandardLibrary
 from runners.data.windows import Evaluation, Text

@@ -13,7 +13,7 @@ import torch
 
 from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported
-from runners.config.settings import Method
+from runners.config.run import Method
 from runners.sweeps.gpus import VISIBLE, lease
 from runners.sweeps.isolation import run_isolated
 from tests.conftest import ToySettings

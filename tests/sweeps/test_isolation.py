@@ -18,7 +18,8 @@ from quantease.coordinate_descent import QuantEase
 from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from runners import cli
-from runners.config.settings import Method, Settings
+from runners.config.run import Method
+from runners.config.settings import Settings
 from runners.errors import InputError
 from runners.results.metrics import METRICS
 from runners.results.progress import PROGRESS, Progress, read_progress

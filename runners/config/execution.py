@@ -1,0 +1,67 @@
+"""How and where a cell is computed: no field can change a number, so none is part of the digest."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """One file of `conf/tracker/`.
+
+    Attributes:
+        name: `wandb`, `trackio` or `none`.
+        project: of W&B; trackio's projects are the studies.
+        entity: the user or team of W&B that owns the project; None: the user's default.
+        mode: of W&B: `online`, `offline`, or None: online when logged in, else offline into the study's folder.
+    """
+
+    name: str
+    project: str = "quantease-bench"
+    entity: str | None = None
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in ("wandb", "trackio", "none"):
+            raise ValueError(f"name must be wandb, trackio or none, not {self.name}")
+        if self.name == "trackio" and find_spec("trackio") is None:
+            raise ValueError(
+                'name=trackio needs a package that is not installed: pip install "quantease-bench[dashboard]"'
+            )
+        if self.mode not in (None, "online", "offline"):
+            raise ValueError(f"mode must be online, offline or null, not {self.mode}")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How and where it is computed: no field belongs to the run's identity."""
+
+    tracker: Tracker
+    study: str
+    results: str
+    data_root: str | None
+    device: str | None
+    batch_size: int | None
+    cache: str | None
+    cache_gb: float
+    keep_checkpoint: bool
+    force: bool
+    retry_failed: bool
+    timeout_minutes: float | None
+    dry_run: bool
+
+    def __post_init__(self) -> None:
+        if not self.study or Path(self.study).name != self.study:
+            raise ValueError(f"study must be the name of a folder, not {self.study!r}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
+        if self.cache_gb < 0:
+            raise ValueError(f"cache_gb must not be negative, not {self.cache_gb}")
+        if self.timeout_minutes is not None and self.timeout_minutes <= 0:
+            raise ValueError(f"timeout_minutes must be positive or null, not {self.timeout_minutes}")
+        try:
+            torch.device(self.device or "cpu")
+        except RuntimeError:
+            raise ValueError(f"device must be cpu, cuda or cuda:N, not {self.device!r}") from None

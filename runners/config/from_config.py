@@ -1,0 +1,53 @@
+"""Checked settings from a configuration that Hydra has composed."""
+
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+from quantease.layer import LayerSolver
+from runners.config.build import build, unknown_setting
+from runners.config.execution import Execution
+from runners.config.run import Method, Run
+from runners.config.settings import ALL_SETTINGS, RUN_SETTINGS, Settings
+from runners.errors import InputError
+
+
+def settings_from(cfg: DictConfig) -> Settings:
+    """The settings of one cell.
+
+    Raises:
+        InputError: a key is unknown or missing, or a value has the wrong type or is out of range.
+    """
+    tree = _resolved(cfg)
+    for key in tree:
+        if key not in ALL_SETTINGS:
+            raise unknown_setting("", key, list(ALL_SETTINGS))
+    tree["method"] = _method(tree.get("method"))
+    run = {key: entry for key, entry in tree.items() if key in RUN_SETTINGS}
+    execution = {key: entry for key, entry in tree.items() if key not in RUN_SETTINGS}
+    return Settings(build(Run, run, ""), build(Execution, execution, ""))
+
+
+def _resolved(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration without Hydra's part, with every interpolation replaced by its value."""
+    # Hydra's part names its folder by the run's name, which is computed from what is built here.
+    ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(ours, resolve=True))
+    except InterpolationToMissingValueError as error:
+        missing = str(error).splitlines()[0].rpartition(" ")[2]
+        raise InputError(f"{missing} is missing: set {missing}=...") from None
+    except OmegaConfBaseException as error:
+        raise InputError(str(error).splitlines()[0]) from None
+
+
+def _method(node: Any) -> Method:
+    """A method's file: its name, and the solver whose settings are the other keys."""
+    method = dict(node or {})
+    name, target = method.pop("name", None), method.get("_target_")
+    if not isinstance(name, str):
+        raise InputError("method.name is missing: the file of a method in conf/ must give its name")
+    if target is None and (unknown := sorted(set(method) - {"_target_"})):
+        raise unknown_setting("method", unknown[0], [])
+    return Method(name, build(LayerSolver, method, "method") if target is not None else None)

@@ -1,0 +1,95 @@
+"""What a cell computes: every field can change a number, so every field is part of the digest."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantease.act_order import ActOrder
+from quantease.grid import GridSpec
+from quantease.layer import LayerSolver
+from runners.data.calibration import Calibration
+from runners.data.task_rows import task_version
+from runners.data.windows import Evaluation
+from runners.identity import counts_if, identifying_fields, identity_of
+from runners.models.checkpoint import Model
+from runners.storage.fingerprint import checkpoint_fingerprint
+
+GRID = ("bits", "group_size", "symmetric", "scale_bits", "grid_range")  # the settings of GridSpec, in its order
+
+
+@dataclass(frozen=True)
+class Method:
+    """One file of `conf/method/`: a name and the solver it builds, None for the unquantized reference."""
+
+    name: str
+    solver: LayerSolver | None
+
+
+def _quantizes(run: "Run") -> bool:
+    return run.method.solver is not None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is computed. Every field is part of the identity, unless it has no effect, as the grid and calibration on fp16.
+
+    The order of the fields is that of the labels by which the cells of a sweep are told apart.
+    """
+
+    method: Method
+    model: Model
+    evaluation: Evaluation
+    calibration: Calibration = field(metadata=counts_if(_quantizes))
+    act_order: bool = field(metadata=counts_if(_quantizes))
+    seed: int = field(metadata=counts_if(_quantizes))
+    bits: int = field(metadata=counts_if(_quantizes))
+    group_size: int | None = field(metadata=counts_if(_quantizes))
+    symmetric: bool = field(metadata=counts_if(_quantizes))
+    scale_bits: int = field(metadata=counts_if(_quantizes))
+    grid_range: str = field(metadata=counts_if(_quantizes))
+    # It changes no number, but a run that has only recorded warnings must not answer for one that is to stop at them.
+    warnings: str = field(metadata=counts_if(lambda run: _quantizes(run) and run.warnings != "record"))
+
+    def __post_init__(self) -> None:
+        if self.warnings not in ("record", "error"):
+            raise ValueError(f"warnings must be record or error, not {self.warnings!r}")
+        _ = self.grid  # refuses what GridSpec refuses
+
+    @property
+    def grid(self) -> GridSpec:
+        """The grid that the method solves on."""
+        return GridSpec(*(getattr(self, name) for name in GRID))
+
+    @property
+    def quantizes(self) -> bool:
+        """False for the unquantized reference, which no setting of the grid or the calibration touches."""
+        return _quantizes(self)
+
+    @property
+    def solver(self) -> LayerSolver:
+        """The method's solver, in act-order if that is asked for."""
+        if self.method.solver is None:
+            raise ValueError(f"{self.method.name} does not quantize")
+        return ActOrder(self.method.solver) if self.act_order else self.method.solver
+
+    def identity(self, data_root: str | None) -> dict[str, Any]:
+        """Everything that can change a number, and nothing else. Its hash names the run.
+
+        Args:
+            data_root: the folder of the data sets, whose files belong to the identity; None: the hub.
+        """
+        identity: dict[str, Any] = {}
+        for name in identifying_fields(self):
+            if name in GRID:  # as one entry, as in published results
+                identity["grid"] = identity_of(self.grid)
+            else:
+                identity[name] = identity_of(getattr(self, name))
+        if self.model.folder is not None:
+            identity["model"]["path"] = checkpoint_fingerprint(self.model.folder)  # what is in it, not where it is
+        return identity | {"data": self._data_versions(data_root)}
+
+    def _data_versions(self, data_root: str | None) -> dict[str, str]:
+        datasets = {name: text.dataset for name, text in self.evaluation.texts.items()}
+        if self.quantizes:
+            datasets["calibration"] = self.calibration.dataset
+        versions = {name: dataset.version(data_root) for name, dataset in datasets.items()}
+        return versions | {f"zero_shot/{name}": task_version(name, data_root) for name in self.evaluation.tasks}
