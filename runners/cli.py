@@ -26,7 +26,7 @@ from runners.sweeps.isolation import record_dead_runs, run_isolated, sigterm_as_
 
 log = logging.getLogger(__name__)
 
-HYDRAS_OWN = (  # options with which Hydra shows something, or reads another configuration than conf/config.yaml
+HYDRAS_OWN = (  # options with which Hydra only prints something, or reads another configuration than conf/config.yaml
     *("help", "hydra_help", "cfg", "info", "shell_completion"),
     *("config_dir", "config_name", "config_path", "experimental_rerun"),
 )
@@ -63,13 +63,13 @@ def start(main: Callable[[], Any]) -> None:
 
 
 def job(cfg: DictConfig) -> float:
-    """Run one cell from its composed configuration: in a sweep, wherever the launcher has put it."""
+    """Run one cell from its composed configuration, in the process that the launcher chose; returns its layer error."""
     single = HydraConfig.get().mode == RunMode.RUN
     try:
         settings = settings_from(cfg)
     except InputError as error:
         return _failed(str(error), single)
-    if settings.execution.dry_run:  # where Hydra was called without a look at the command line, as with --config-dir
+    if settings.execution.dry_run:  # only where `start` left the command line to Hydra, as with --config-dir
         console.print(cells_table(describe_cells([settings])))
         return math.nan
     return _run_cell(settings, single)
@@ -88,10 +88,10 @@ def _run_sweep(command: CommandLine) -> None:
 
 
 def _run_cell(settings: Settings, single: bool) -> float:
-    """Run one cell. In a sweep it has a process of its own, and where it fails the answer is NaN and others go on."""
+    """Run one cell. In a sweep it has a process of its own; where it fails, NaN is returned and the other cells run."""
     try:
         rows = _rows(settings, single)
-    except InputError as error:  # there is nowhere to put a row
+    except InputError as error:  # the run's folder cannot be read or written, so there is no row
         return _failed(str(error), single)
     row = rows[-1]
     if row["status"] in (Status.FAILED, Status.UNSUPPORTED):
@@ -107,6 +107,7 @@ def _run_cell(settings: Settings, single: bool) -> float:
 
 
 def _rows(settings: Settings, single: bool) -> list[dict[str, Any]]:
+    """The rows of a run and its reference. A single run stays in this process, unless a timeout has to be able to end it."""
     with sigterm_as_interrupt():
         if single and settings.execution.timeout_minutes is None:
             return run_experiment(settings.replace(retry_failed=True))
@@ -115,6 +116,7 @@ def _rows(settings: Settings, single: bool) -> list[dict[str, Any]]:
 
 
 def _failed(text: str, single: bool) -> float:
+    """Report a failed cell: a single run ends the process, a cell of a sweep returns NaN."""
     log.error("error: %s", text)
     if single:
         raise SystemExit(FAILED)
@@ -122,12 +124,12 @@ def _failed(text: str, single: bool) -> float:
 
 
 def _logs() -> dict[str, Any]:
-    """How Hydra has configured this process's log, for a process that is to log to the same places."""
+    """Hydra's configuration of this process's log, so that a child process writes to the same log."""
     return cast(dict[str, Any], OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True))
 
 
 def _summarize(cells: list[Settings], left_alone: int) -> None:
-    """The table of a sweep, one row a run; exits non-zero if any of them has failed or is missing."""
+    """Print the table of a sweep, one row per run; exit with 1 if any has failed or has not ended."""
     asked = {settings.folder for settings in cells}
     needed = [settings.reference() for settings in cells if settings.run.quantizes]
     rows = describe_cells(cells)

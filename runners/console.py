@@ -1,4 +1,4 @@
-"""The console, and a progress bar on it."""
+"""The terminal: one console for all output, and a progress bar that others can follow."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -8,20 +8,22 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+# Without a terminal rich assumes 80 columns, which would break the tables in log files.
 console = Console(width=None if sys.stdout.isatty() else 120)
 
-watcher: Callable[[str, int, int], None] | None = None  # told every step of a bar: what was done, how many of how many
+# Called at every step of a bar with its description, the steps done and their total: `progress.json` follows a run so.
+watcher: Callable[[str, int, int], None] | None = None
 
 
 class Bar(Protocol):
-    """A progress bar, one step at a time."""
+    """Advances a progress bar by one step and changes its description."""
 
     def __call__(self, description: str) -> None: ...
 
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Bar]:
-    """A bar of `total` steps; silent where the console is not a terminal."""
+    """A bar of `total` steps. Where the console is not a terminal it draws nothing, but the watcher is still called."""
     columns = (
         TextColumn("{task.description:<42}"),
         BarColumn(),

@@ -1,4 +1,7 @@
-"""Seconds and peak memory, measured after the device has done what it was given."""
+"""Seconds and peak memory of stages and phases.
+
+A GPU works asynchronously: a call returns before its work is done. Every reading waits for the device first.
+"""
 
 import sys
 import time
@@ -10,16 +13,16 @@ import torch
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, after the device has done what it was given."""
+    """The time in seconds, read after the device has finished all work submitted so far."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class Meter:
-    """`with Meter(device) as meter: ...`, then `meter.seconds` and `meter.peak_memory_gb`.
+    """Measures a stage: `with Meter(device) as meter: ...`, then `meter.seconds` and `meter.peak_memory_gb`.
 
-    The memory is the GPU's where the work is on one, else the process's; in units of 10^9 bytes.
+    Memory is that of the GPU where the device is one, else that of the process; in units of 10^9 bytes.
     """
 
     seconds: float = 0.0
@@ -30,7 +33,7 @@ class Meter:
 
     def __enter__(self) -> "Meter":
         if self._device.type == "cuda":
-            clock(self._device)  # what is still under way is not this stage's
+            clock(self._device)  # work submitted before belongs to the stage before
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
             _reset_peak()
@@ -44,7 +47,7 @@ class Meter:
 
 
 class Phases:
-    """Seconds by what they were spent on, after the device has done what it was given: `with phases.of("solve"): ...`."""
+    """Seconds per phase, where phases alternate: `with phases.of("solve"): ...` adds to what `solve` has taken so far."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
@@ -52,7 +55,7 @@ class Phases:
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
-        """Add the time until its end to what has the name."""
+        """Add the time that the context takes to the phase's seconds, also where it ends in an exception."""
         start = clock(self._device)
         try:
             yield
@@ -61,13 +64,13 @@ class Phases:
 
 
 def _reset_peak() -> None:
-    """Let the kernel forget the process's peak so far, where it can (Linux)."""
+    """Reset the kernel's record of the process's peak memory (Linux; elsewhere the peak is that since the start)."""
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # 5: reset the peak resident size, see proc(5)
 
 
 def _peak() -> int:
-    """The peak resident memory of this process in bytes, since the last reset where there is one."""
+    """The peak resident memory of this process in bytes, since the last reset; 0 where the system does not tell."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -79,4 +82,4 @@ def _peak() -> int:
     except ImportError:  # Windows
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB

@@ -1,4 +1,4 @@
-"""Turn a node of the configuration into the dataclass it describes, or say in a sentence why it does not.
+"""Turn a node of the configuration into the dataclass that it describes, or refuse it in a sentence.
 
 `_target_` may only name a dataclass of this project: a configuration builds settings, it does not run code.
 """
@@ -44,25 +44,25 @@ def build(annotation: Any, value: Any, where: str) -> Any:
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union; of anything else, that alone."""
+    """The members of a union; for any other annotation, that annotation alone."""
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if is_union else (annotation,)
 
 
 def _mapping(annotation: Any, value: dict[Any, Any], where: str) -> dict[str, Any]:
-    """`dict[str, item]`: keys that the configuration is free to choose, such as the names of texts."""
+    """A value of type `dict[str, item]`, whose keys the configuration chooses freely, such as the names of texts."""
     _, item = typing.get_args(annotation)
     return {str(key): build(item, entry, f"{where}.{key}") for key, entry in value.items()}
 
 
 def _sequence(annotation: Any, value: list[Any], where: str) -> tuple[Any, ...]:
-    """`tuple[item, ...]`: YAML has lists only, a frozen dataclass holds tuples."""
+    """A value of type `tuple[item, ...]`: YAML has lists only, but a frozen dataclass must be hashable."""
     item = typing.get_args(annotation)[0]
     return tuple(build(item, entry, f"{where}[{place}]") for place, entry in enumerate(value))
 
 
 def _class_to_build(classes: list[Any], value: dict[Any, Any], where: str) -> Any:
-    """The class that `_target_` names, or the first that the annotation has."""
+    """The class that `_target_` names, or the first one of the annotation where there is no `_target_`."""
     target = value.get("_target_")
     return _locate(target, where, *classes) if target else classes[0]
 
@@ -79,11 +79,12 @@ def unknown_setting(where: str, key: str, known: list[str]) -> InputError:
 
 
 def _construct(cls: Any, values: dict[str, Any], where: str) -> Any:
+    """An instance of a dataclass; its own checks raise ValueError with a message that begins with the field's name."""
     if not dataclasses.is_dataclass(cls):
         raise InputError(f"{where} needs a _target_ that says which class to build")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if "name" not in fields:
-        # The file of a method has a name beside its solver's fields; as the `init` of another method it is only a solver.
+        # A method's file has a name in addition to its solver's fields. As the `init` of another method it needs none.
         values = {key: entry for key, entry in values.items() if key != "name"}
     for key in values:
         if key not in fields:
@@ -101,7 +102,7 @@ def _construct(cls: Any, values: dict[str, Any], where: str) -> Any:
 
 
 def _leaf(annotation: Any, value: Any, where: str) -> Any:
-    """Check a leaf of the configuration; whole numbers pass for floats, nothing else is converted."""
+    """A single value of the right type. Whole numbers pass for floats; nothing else is converted, as that hides mistakes."""
     if dataclasses.is_dataclass(annotation) and isinstance(value, typing.cast(type, annotation)):
         return value  # built already
     if annotation is float and type(value) is int:
@@ -115,11 +116,15 @@ def _leaf(annotation: Any, value: Any, where: str) -> Any:
 
 
 def _fields(value: dict[Any, Any]) -> dict[str, Any]:
+    """A node without the name of its class."""
     return {str(key): entry for key, entry in value.items() if key != "_target_"}
 
 
 def _locate(target: Any, where: str, *wanted: Any) -> Any:
-    """The class that `_target_` names, which must be one of those wanted, or have the methods of a wanted protocol."""
+    """The class that `_target_` names: a dataclass that is one of those wanted, or has the members of a wanted protocol.
+
+    The name is checked before anything is imported, because importing a module runs its code.
+    """
     module, _, name = str(target).rpartition(".")
     if module.split(".")[0] not in PACKAGES or not all(part.isidentifier() for part in str(target).split(".")):
         raise InputError(f"{where}._target_ is {target!r}: only classes of {', '.join(PACKAGES)} may be built")
@@ -136,6 +141,7 @@ def _locate(target: Any, where: str, *wanted: Any) -> Any:
 
 
 def _is_a(cls: type, wanted: Any) -> bool:
+    """`issubclass`; for a protocol, whether the class has all its members. `issubclass` refuses protocols with data."""
     if getattr(wanted, "_is_protocol", False):
         members = {name: member for name, member in vars(wanted).items() if not name.startswith("_")}
         methods = [name for name, member in members.items() if callable(member)]

@@ -36,7 +36,7 @@ class Tracker:
 
 @dataclass(frozen=True)
 class Execution:
-    """How and where it is computed: no field belongs to the run's identity."""
+    """How and where a cell is computed. No field is part of the identity, because none can change a number."""
 
     tracker: Tracker
     study: str

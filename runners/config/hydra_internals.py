@@ -1,4 +1,4 @@
-"""What is taken from Hydra beyond its documented interface, all of it here, for the day when Hydra's version changes.
+"""All uses of Hydra beyond its documented interface, in one place, because a new version of Hydra may change them.
 
 `@hydra.main` would compose a command line that has already been composed to be checked. So a run and a sweep are started
 from the composition that was checked, as `Hydra.run` and `Hydra.multirun` do after theirs.

@@ -1,4 +1,4 @@
-"""Hydra's launchers, which run the cells of a sweep on several processes or machines: `hydra/launcher=...`."""
+"""Hydra's launchers run the cells of a sweep in several processes or on several machines: `hydra/launcher=...`."""
 
 import importlib.util
 import os
@@ -6,7 +6,7 @@ import os
 from runners.errors import InputError
 
 GROUP = "hydra/launcher"
-EXTRAS = {  # what has to be installed for each: ours, in conf/hydra/launcher/, and those that they build on
+EXTRAS = {  # the extra of pyproject.toml that each launcher needs: ours in conf/hydra/launcher/, and Hydra's own
     "workers": "joblib",
     "joblib": "joblib",
     "slurm": "submitit",
@@ -20,10 +20,10 @@ EXTRAS = {  # what has to be installed for each: ours, in conf/hydra/launcher/, 
 
 
 def check_installed(launcher: str) -> None:
-    """Refuse a launcher whose package is not there.
+    """Refuse a launcher whose package is not installed.
 
     Raises:
-        InputError: saying how to install it.
+        InputError: the package is missing; the sentence has the command that installs it.
     """
     extra = EXTRAS.get(launcher)
     if extra is not None and not _is_there(f"hydra_plugins.hydra_{extra}_launcher"):
@@ -31,7 +31,10 @@ def check_installed(launcher: str) -> None:
 
 
 def prepare_ray() -> None:
-    """Set what Ray reads when it starts, unless the user has: no accounts, no reports of its use, GPUs left to us."""
+    """Set the environment that Ray reads when it starts, where the user has not: no accounts, no usage reports.
+
+    GPUs are leased to cells by `runners.sweeps.gpus`, so Ray must leave CUDA_VISIBLE_DEVICES as it is.
+    """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a job that asks Ray for no GPU sees none

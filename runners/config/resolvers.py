@@ -1,4 +1,4 @@
-"""What conf/ may interpolate: `${project:}`, `${basename:PATH}`, `${run_name:}`, `${gpus:}` and `${choices:GROUP}`."""
+"""The functions that conf/ may call: `${project:}`, `${basename:PATH}`, `${run_name:}`, `${gpus:}`, `${choices:GROUP}`."""
 
 import re
 import textwrap
@@ -16,13 +16,13 @@ def _run_name(*, _root_: DictConfig) -> str:
 
 
 def _choices(group: str) -> str:
-    """The options of a group, models by family and size, in lines that fit the help page."""
+    """The options of a conf group in lines that fit the help page; models are sorted by family and size."""
     names = sorted((path.stem for path in (CONF / group).glob("*.yaml")), key=_family_and_size)
     return textwrap.fill(", ".join(names), width=90, break_on_hyphens=False).replace("\n", "\n" + 14 * " ")
 
 
 def _family_and_size(name: str) -> tuple[str, float]:
-    """`bloom-1b1` is ("bloom", 1.1e9)."""
+    """The key that sorts models: `bloom-1b1` is ("bloom", 1.1e9), so that 560m comes before 1b1."""
     found = re.fullmatch(r"(.+)-(\d+)(?:\.(\d+))?([mb])(\d*)", name)
     if not found:
         return name, 0.0

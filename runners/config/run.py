@@ -46,7 +46,7 @@ class Run:
     symmetric: bool = field(metadata=counts_if(_quantizes))
     scale_bits: int = field(metadata=counts_if(_quantizes))
     grid_range: str = field(metadata=counts_if(_quantizes))
-    # It changes no number, but a run that has only recorded warnings must not answer for one that is to stop at them.
+    # It changes no number. But a run that only recorded its warnings must not be taken for one that stops at them.
     warnings: str = field(metadata=counts_if(lambda run: _quantizes(run) and run.warnings != "record"))
 
     def __post_init__(self) -> None:
@@ -61,25 +61,25 @@ class Run:
 
     @property
     def quantizes(self) -> bool:
-        """False for the unquantized reference, which no setting of the grid or the calibration touches."""
+        """False for the unquantized reference, on which the grid and the calibration have no effect."""
         return _quantizes(self)
 
     @property
     def solver(self) -> LayerSolver:
-        """The method's solver, in act-order if that is asked for."""
+        """The method's solver, wrapped for act-order where the settings ask for it."""
         if self.method.solver is None:
             raise ValueError(f"{self.method.name} does not quantize")
         return ActOrder(self.method.solver) if self.act_order else self.method.solver
 
     def identity(self, data_root: str | None) -> dict[str, Any]:
-        """Everything that can change a number, and nothing else. Its hash names the run.
+        """Everything that can change a number, and nothing else. The run's folder has its hash in its name.
 
         Args:
             data_root: the folder of the data sets, whose files belong to the identity; None: the hub.
         """
         identity: dict[str, Any] = {}
         for name in identifying_fields(self):
-            if name in GRID:  # as one entry, as in published results
+            if name in GRID:  # one entry for all of them: digests of published results were computed so
                 identity["grid"] = identity_of(self.grid)
             else:
                 identity[name] = identity_of(getattr(self, name))

@@ -29,22 +29,22 @@ class Settings:
         return self.replace(method=Method("fp16", None), force=False)
 
     def identity(self) -> dict[str, Any]:
-        """Everything that can change a number, and nothing else. Its hash names the run."""
+        """Everything that can change a number, and nothing else. The run's folder has its hash in its name."""
         return self.run.identity(self.execution.data_root)
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting, for the record; the model's folder by what is in it."""
+        """Every setting, for `config.yaml`; the model's folder is replaced by the fingerprint of its files."""
         flat = {name: plain(getattr(half, name)) for half in (self.run, self.execution) for name in _names(half)}
         return {"class": "Settings"} | {name: flat[name] for name in ALL_SETTINGS} | self.identity()
 
     @cached_property
     def digest(self) -> str:
-        """Ten hexadecimal digits that name everything that can change a number."""
+        """Ten hexadecimal digits of the hash of everything that can change a number."""
         return digest_of(self.identity())
 
     @property
     def series(self) -> str:
-        """The same but for the seed: runs of one series are repetitions of each other."""
+        """The digest without the seed: runs of one series are repetitions of each other."""
         return digest_of({key: value for key, value in self.identity().items() if key != "seed"})
 
     @property
@@ -55,12 +55,12 @@ class Settings:
 
     @property
     def study_folder(self) -> Path:
-        """Where the runs of the study are."""
+        """The folder of the study's runs."""
         return Path(self.execution.results) / self.execution.study
 
     @property
     def folder(self) -> Path:
-        """Where the run's files are."""
+        """The folder of the run's files."""
         return self.study_folder / self.run.model.name / self.run_name
 
 

@@ -1,5 +1,5 @@
-"""Train the bundled model on the text that every Python carries: `python -m runners.pretrain`.
+"""Train the bundled model on the documentation and source of Python's standard library: `python -m runners.pretrain`.
 
-The model has OPT's architecture, so it takes the code path of `opt-13b`. Training continues from its last checkpoint when
-the same command is given again.
+The model has OPT's architecture, so it exercises the code that `opt-13b` does. The same command continues an interrupted
+training from its last checkpoint.
 """

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="pretrain")
 def main(cfg: DictConfig) -> None:
-    """Train, or go on training, and export."""
+    """Train, from the last checkpoint if there is one, and export the model."""
     transformers_logging.disable_progress_bar()
     output = Path(cfg.output)
     output.mkdir(parents=True, exist_ok=True)

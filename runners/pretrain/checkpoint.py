@@ -1,4 +1,8 @@
-"""The state of a training run on disk, in safetensors: written to a temporary name, renamed, then the old one deleted."""
+"""The state of a training on disk, in safetensors.
+
+A checkpoint is written under a temporary name and renamed, and only then is the one before deleted: whenever the process
+is killed, a complete checkpoint is on disk.
+"""
 
 import json
 import shutil
@@ -11,15 +15,16 @@ from torch import nn
 
 from runners.errors import InputError
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW remembers of a parameter
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
 
 
 class Checkpoints:
     """The checkpoints of one training run.
 
     Args:
-        folder: where they lie, as `checkpoint-<step>`.
-        identity: hash of the settings and the tokens; the state of another run is refused.
+        folder: holds them as `checkpoint-<step>`.
+        identity: hash of the settings and the tokens. A checkpoint of another identity is refused, because the history of
+            the result would be that of two trainings.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
@@ -27,7 +32,7 @@ class Checkpoints:
         self.identity = identity
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict[str, Any]]) -> None:
-        """Write the state after the step that `history` ends with."""
+        """Write the state after the last step of `history`."""
         step = history[-1]["step"]
         partial, final = self.folder / "checkpoint.partial", self.folder / f"checkpoint-{step}"
         shutil.rmtree(partial, ignore_errors=True)

@@ -11,24 +11,27 @@ from transformers import PreTrainedTokenizerFast
 
 from runners.data.stdlib import Kind, Part, documents
 
-END = "</s>"  # between documents, and OPT's token for begin, end and padding
+END = "</s>"  # separates documents; OPT has the same token for begin, end and padding
 KINDS: tuple[Kind, ...] = ("docs", "source")
 
 
 def prepare(cfg: DictConfig, output: Path) -> tuple[PreTrainedTokenizerFast, dict[str, Tensor]]:
-    """The tokenizer and the token streams `<part>/<kind>`, made once and kept in the output folder."""
+    """The tokenizer and the token streams `<part>/<kind>`; made once, then read from the output folder."""
     tokens = output / "tokens.safetensors"
     if not tokens.exists():
         tokenizer = train_tokenizer(cfg.tokenizer.vocab_size)
         tokenizer.save_pretrained(output / "tokenizer")
-        partial = tokens.with_suffix(".partial")
+        partial = tokens.with_suffix(".partial")  # renamed when complete: its existence says that all of it is there
         save_file(token_streams(tokenizer, "train") | token_streams(tokenizer, "validation"), partial)
         partial.replace(tokens)
     return PreTrainedTokenizerFast.from_pretrained(output / "tokenizer"), load_file(tokens)
 
 
 def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over the training documents without the test suites; no text is unknown to it."""
+    """A byte-level BPE of the training documents. Its alphabet has all bytes, so it can encode any text.
+
+    The test suites are left out, because most of their names occur nowhere else.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -54,7 +57,10 @@ def token_streams(tokenizer: PreTrainedTokenizerFast, part: Part) -> dict[str, T
 
 
 def draw(streams: dict[str, Tensor], cfg: DictConfig, step: int) -> Tensor:
-    """The sequences of one step, int64 (batch, context): a pure function of the seed and the step."""
+    """The sequences of one step, int64 (batch, context).
+
+    They depend on the seed and the step alone, so a training that continues draws what it would have drawn.
+    """
     generator = torch.Generator().manual_seed(step_seed(cfg, step))
     batch, context = cfg.training.batch_size, cfg.model.max_position_embeddings
     from_docs = round(batch * cfg.training.docs_share)
@@ -67,5 +73,5 @@ def draw(streams: dict[str, Tensor], cfg: DictConfig, step: int) -> Tensor:
 
 
 def step_seed(cfg: DictConfig, step: int) -> int:
-    """What the randomness of one step is seeded with, so that a resumed run continues as if it had not stopped."""
-    return cfg.seed * 1_000_003 + step
+    """The random seed of one step, so that a training that continues gives the same model as one that never stopped."""
+    return cfg.seed * 1_000_003 + step  # a prime beyond any number of steps: steps of two seeds never share a seed

@@ -1,4 +1,4 @@
-"""Write a trained model as any hub model is written, with a card that says how it came about and what it reached."""
+"""Export a trained model in the format of the hub, with a model card: training, texts, held-out perplexity."""
 
 import csv
 import io
@@ -38,7 +38,7 @@ train on (with the test suites), 2 % to watch the training with, 8 % to calibrat
 
 
 def export(model: Any, tokenizer: PreTrainedTokenizerBase, history: list[dict[str, Any]], folder: Path) -> None:
-    """Write bfloat16 safetensors, configuration, tokenizer and the history of the training."""
+    """Write bfloat16 safetensors, the configuration, the tokenizer, and the history of the training as `training.csv`."""
     model.to(torch.bfloat16).cpu().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     text = io.StringIO()
@@ -58,7 +58,7 @@ def write_card(
 ) -> None:
     """Measure the exported model on the evaluation texts and write its card."""
     rows = []
-    model = model.float().eval()  # the stored values, computed with in float32
+    model = model.float().eval()  # the stored bfloat16 values, but float32 arithmetic, as in every run of model=tiny
     for kind in ("docs", "source"):
         text = Text("gptq", StandardLibrary("evaluation", kind))
         windows = cut_windows(kind, text, tokenizer, cfg.model.max_position_embeddings, data_root=None)

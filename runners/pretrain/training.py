@@ -1,4 +1,4 @@
-"""The training loop."""
+"""The training loop: a plain next-token training of a small OPT."""
 
 import logging
 import time
@@ -45,7 +45,7 @@ def train(cfg: DictConfig, output: Path) -> tuple[Any, PreTrainedTokenizerFast, 
 
 
 def build(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
-    """A randomly initialized OPT of the configured size."""
+    """An OPT of the configured size with random weights."""
     torch.manual_seed(cfg.seed)
     end: Any = tokenizer.eos_token_id
     sizes: Any = OmegaConf.to_container(cfg.model)
@@ -61,11 +61,11 @@ def build(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM
 
 
 def make_optimizer(model: nn.Module, cfg: DictConfig) -> torch.optim.AdamW:
-    """AdamW that decays the matrices only."""
+    """AdamW with weight decay on matrices only: biases and norms have few parameters and no reason to be small."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": cfg.training.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.training.learning_rate, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=cfg.training.learning_rate, betas=(0.9, 0.95), fused=True)  # GPT-3's betas
 
 
 def learning_rate(cfg: DictConfig, step: int) -> float:
@@ -83,7 +83,7 @@ def take_step(
     cast: AbstractContextManager,
 ) -> Tensor:
     """One step of training; returns the loss (nats per token)."""
-    torch.manual_seed(step_seed(cfg, step))  # dropout
+    torch.manual_seed(step_seed(cfg, step))  # of dropout, whether or not the steps before ran in this process
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
     with cast:
@@ -97,7 +97,7 @@ def take_step(
 
 @torch.no_grad()
 def validate(model: Any, streams: dict[str, Tensor], context: int, cast: AbstractContextManager) -> dict[str, float]:
-    """Perplexity of the validation documents of each kind, over windows without overlap."""
+    """Perplexity of the validation documents of each kind, over windows that do not overlap."""
     model.eval()
     answer = {}
     for kind in KINDS:
@@ -111,7 +111,7 @@ def validate(model: Any, streams: dict[str, Tensor], context: int, cast: Abstrac
 
 
 def reduced_precision(cfg: DictConfig, device: torch.device) -> AbstractContextManager:
-    """Matrix products in bfloat16 where the hardware has them, if the settings do not say."""
+    """Autocast to bfloat16 if the settings ask for it; where they are null, if the hardware is fast at it."""
     wanted = cfg.training.bfloat16
     if wanted is None:
         wanted = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
@@ -119,6 +119,7 @@ def reduced_precision(cfg: DictConfig, device: torch.device) -> AbstractContextM
 
 
 def _identity(cfg: DictConfig, streams: dict[str, Tensor]) -> str:
+    """Hash of everything that a checkpoint depends on: the settings of the training, and the tokens."""
     digest = sha256(OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, ["seed", "tokenizer", "model", "training"])).encode())
     for name in sorted(streams):
         digest.update(streams[name].numpy().tobytes())
