@@ -1,7 +1,5 @@
 """Find a checkpoint, check it before anything is spent on it, and load it: safetensors only, and no code from it."""
 
-import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +11,12 @@ from transformers.utils import logging as transformers_logging
 
 from quantease.grid import GridSpec
 from runners.errors import InputError
-from runners.hub import hub_answers, why_not
 from runners.models.blocks import decoder_blocks, linear_layers
+from runners.models.download import download_snapshot
+from runners.models.shards import INDEX, WHOLE, weight_files
 from runners.models.verify import check_config, check_tensors, check_tokenizer, refuse_unused
 
-log = logging.getLogger(__name__)
-
 MAX_SEQUENCE_LENGTH = 2048  # tokens: the papers' convention for calibration and perplexity
-PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -92,7 +88,7 @@ def open_checkpoint(model: Model) -> Checkpoint:
         InputError: the checkpoint is missing, incomplete, truncated, pickled, or of an architecture that is not supported.
     """
     transformers_logging.set_verbosity_error()
-    folder, revision = (model.folder, None) if model.folder else _download(model)
+    folder, revision = (model.folder, None) if model.folder else download_snapshot(model.path, model.revision)
     check_files(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -182,66 +178,14 @@ def check_files(folder: Path) -> None:
         raise InputError(f"there is no folder {folder}: model.path must name a Hugging Face model folder")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no config.json, so it is not a Hugging Face model folder")
-    index = folder / "model.safetensors.index.json"
-    files = [folder / "model.safetensors"] if (folder / "model.safetensors").is_file() else _shards(index)
-    if not files:
+    if not (files := weight_files(folder)):
         if any(found for pattern in PICKLES for found in folder.glob(pattern)):
             raise InputError(
                 f"the weights in {folder} are pickled, and unpickling runs code: convert them to safetensors, for example "
                 "by loading them where you trust them and calling save_pretrained"
             )
-        raise InputError(f"{folder} holds no weights: there is neither model.safetensors nor {index.name}")
+        raise InputError(f"{folder} holds no weights: there is neither {WHOLE} nor {INDEX}")
     check_config(folder, tensors=check_tensors(files))
-
-
-def _download(model: Model) -> tuple[Path, str]:
-    """A snapshot of a hub repository: its folder and commit."""
-    from huggingface_hub import HfApi, snapshot_download
-
-    online = hub_answers()
-    revision = model.revision
-    try:
-        if online:
-            api = HfApi()
-            files = api.list_repo_files(model.path, revision=revision)
-            if not any(file.endswith(".safetensors") for file in files) and revision is None:
-                revision = _converted(api, model.path)
-        folder = Path(snapshot_download(model.path, revision=revision, allow_patterns=PATTERNS))
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"the model {model.path} is neither a folder here nor to be had from the hub ({why_not(error)}). Go online, "
-            "or take a folder: model=local model.path=FOLDER"
-        ) from error
-    return folder, folder.name
-
-
-def _converted(api: Any, path: str) -> str:
-    """The hub's own conversion to safetensors, which waits as a pull request in repositories that only hold pickles."""
-    for discussion in api.get_repo_discussions(path, author="SFconvertbot", discussion_status="open"):
-        if discussion.is_pull_request and "safetensors" in discussion.title:
-            log.info("%s holds pickled weights: taking the hub's conversion, %s", path, discussion.git_reference)
-            return discussion.git_reference
-    raise InputError(
-        f"{path} holds pickled weights only, and unpickling runs code: ask the hub's safetensors converter for a pull "
-        "request and name it with model.revision=refs/pr/NUMBER"
-    )
-
-
-def _shards(index: Path) -> list[Path]:
-    if not index.is_file():
-        return []
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise InputError(f"{index} is damaged: it does not map weights to files") from error
-    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if outside:
-        raise InputError(f"{index} names a file outside its folder: {outside[0]}")
-    if others := sorted(name for name in names if not name.endswith(".safetensors")):
-        raise InputError(f"{index} names {others[0]}, which is not a safetensors file")
-    return [index.parent / name for name in sorted(names)]
 
 
 def _sequence_length(config: Any) -> int:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from runners.errors import InputError
 
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # as save_pretrained names them
+
 
 @dataclass(frozen=True)
 class Shards:
@@ -34,7 +36,7 @@ class Shards:
         Raises:
             InputError: the index names a tensor that its file does not hold.
         """
-        whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+        whole, index = folder / WHOLE, folder / INDEX
         if whole.is_file():
             return cls(dict.fromkeys(_names(whole), whole))
         mapped: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -99,6 +101,33 @@ class Shards:
                     # The extremes are NaN where any number is: one pass, and no mask as large as the tensor.
                     if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
                         raise InputError(f"the weight {name} in {file} contains NaN or infinity: the file is damaged")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a checkpoint's weights; they need not exist. Empty where there are none.
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        InputError: the index is damaged, or names anything but safetensors files of its own folder.
+    """
+    index = folder / INDEX
+    if (folder / WHOLE).is_file():  # transformers, too, reads the index only where there is no such file
+        return [folder / WHOLE]
+    if not index.is_file():
+        return []
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise InputError(f"{index} is damaged: it does not map weights to files") from error
+    # A name with a separator could point at any file of this machine, which the run's fingerprint does not cover.
+    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise InputError(f"{index} names a file outside its folder: {outside[0]}")
+    if others := sorted(name for name in names if not name.endswith(".safetensors")):
+        raise InputError(f"{index} names {others[0]}, which is not a safetensors file")
+    return [index.parent / name for name in sorted(names)]
 
 
 def _names(file: Path) -> list[str]:
