@@ -22,6 +22,7 @@ from runners.quantization.calibration_modes import CalibrationMode, FullPrecisio
 from runners.quantization.finished_blocks import FinishedBlocks, delete_finished_blocks
 from runners.quantization.input_statistics import StatisticsCache
 from runners.quantization.layerwise import Quantization
+from runners.results import metrics as schema
 from runners.results.layers import LayerRecord, summarize_layers
 from runners.run.keys import model_key, resume_identity, statistics_key
 from runners.run.preflight import Inputs
@@ -62,8 +63,11 @@ class Work:
         """Quantize what is not finished; `report` is told of every layer."""
         sequences, stored_bits = self.inputs.sequences, self.inputs.checkpoint.stored_bits
         if sequences is None or self.blocks is None:
-            nothing = ("layers/mean_relative_error", "quantize/seconds", "quantize/peak_memory_gb", "outlier_ratio")
-            return dict.fromkeys(nothing, 0.0) | {"bits_per_weight": stored_bits, "bits_per_parameter": stored_bits}
+            nothing = (schema.RELATIVE_ERROR, schema.QUANTIZE_SECONDS, schema.QUANTIZE_MEMORY, schema.OUTLIER_RATIO)
+            return dict.fromkeys(nothing, 0.0) | {
+                schema.BITS_PER_WEIGHT: stored_bits,
+                schema.BITS_PER_PARAMETER: stored_bits,
+            }
         phases = Phases(self.inputs.device)
         quantization = Quantization(
             self._calibration_mode(sequences, phases),
@@ -84,11 +88,11 @@ class Work:
 
             records = quantization.run(told)
         return summarize_layers(records, self.inputs.checkpoint.parameters, stored_bits) | {
-            "quantize/seconds": sum(phases.seconds.values()),  # of all the processes that a run has had
-            "quantize/peak_memory_gb": meter.peak_memory_gb,
-            **{f"quantize/{name}_seconds": seconds for name, seconds in phases.seconds.items()},
-            "calibration/sha256": sequences.sha256,
-            "checkpoint/sha256": self.blocks.sha256,
+            schema.QUANTIZE_SECONDS: sum(phases.seconds.values()),  # of all the processes that a run has had
+            schema.QUANTIZE_MEMORY: meter.peak_memory_gb,
+            **{schema.phase_seconds(name): seconds for name, seconds in phases.seconds.items()},
+            schema.CALIBRATION_SHA256: sequences.sha256,
+            schema.CHECKPOINT_SHA256: self.blocks.sha256,
         }
 
     def _calibration_mode(self, sequences: Sequences, phases: Phases) -> CalibrationMode:
@@ -113,21 +117,21 @@ class Work:
         options: dict[str, Any] = {"blocks": self.blocks, "references": references, "memory": self.memory}
         with Meter(self.inputs.device) as meter, progress("evaluating", len(self.source.blocks) + len(texts)) as step:
             measured = BlockwiseEvaluation(self.source, texts, self.inputs.batch_size, **options).run(step)
-        metrics: Metrics = {"evaluate/seconds": meter.seconds, "evaluate/peak_memory_gb": meter.peak_memory_gb}
+        metrics: Metrics = {schema.EVALUATE_SECONDS: meter.seconds, schema.EVALUATE_MEMORY: meter.peak_memory_gb}
         for name, windows in self.inputs.windows.items():
             metrics |= {
-                f"ppl/{name}": perplexity(torch.tensor(measured[name]["nll"], dtype=torch.float64)),
-                f"protocol/{name}": windows.protocol,
-                f"windows/{name}": len(windows.ids),
-                f"sha256/{name}": windows.sha256,
+                schema.ppl(name): perplexity(torch.tensor(measured[name]["nll"], dtype=torch.float64)),
+                schema.protocol(name): windows.protocol,
+                schema.windows(name): len(windows.ids),
+                schema.sha256(name): windows.sha256,
             }
             others = {kind: values for kind, values in measured[name].items() if kind != "nll"}
-            metrics |= {f"agreement/{name}/{kind}": fmean(values) for kind, values in others.items()}
+            metrics |= {schema.agreement(name, kind): fmean(values) for kind, values in others.items()}
         return metrics, measured
 
     def zero_shot(self) -> Metrics:
         """The accuracies, with the whole model in memory, and why what was skipped was."""
-        skipped = {f"skipped/{name}": why for name, why in self.inputs.skipped.items()}
+        skipped = {schema.skipped(name): why for name, why in self.inputs.skipped.items()}
         if not self.inputs.tasks:
             return skipped
         checkpoint, tasks = self.inputs.checkpoint, self.inputs.tasks
@@ -141,8 +145,8 @@ class Work:
                 if not out_of_memory(error):
                     raise
                 why = "lm-eval needs the whole model in memory, which ran out: take a larger machine, or batch_size=1"
-                metrics = {f"skipped/{task.name}": why for task in tasks}
-        return metrics | skipped | {"zero_shot/seconds": meter.seconds}
+                metrics = {schema.skipped(task.name): why for task in tasks}
+        return metrics | skipped | {schema.ZERO_SHOT_SECONDS: meter.seconds}
 
     def recorded(self) -> Metrics:
         """What the cache had, and what was done when memory ran out."""
