@@ -26,6 +26,28 @@ ANALYSIS_READS = {
     "runners.project",
     "runners.arguments",
 }  # light modules: neither needs torch
+COMMANDS = {"cli", "status", "sync", "reports"}  # modules of runners/ that a person starts
+# The rooms of runners/ from the ground up, and which other rooms each may import. This is the architecture:
+# runners/README.md shows it. A room imports only what is listed above it, so there is no circle. All may import the
+# foundations, the modules beside the rooms that are no commands.
+ROOMS: dict[str, str] = {
+    "storage": "",
+    "data": "storage",
+    "models": "",
+    "results": "storage",
+    "quantization": "storage models results",
+    "evaluation": "storage data models results quantization",
+    "config": "storage data models",
+    "tracking": "results config",
+    "run": "storage data models results quantization evaluation config tracking",
+    "sweeps": "storage results config run",
+    "benchmark": "storage models quantization run",
+    "pretrain": "storage data evaluation",
+    "commands": "results config run sweeps tracking",
+}
+LONGEST_FUNCTION = 40  # lines: what fits on a screen
+LONGER = {"_run"}  # a Triton kernel, which cannot be cut up
+MOST_MODULES = 13
 MODELS = sorted(path.stem for path in (PROJECT / "conf" / "model").glob("*.yaml"))
 
 
@@ -85,6 +107,82 @@ def test_keys_and_states_of_results_are_written_in_the_schema_only(package: str)
             if (file.name, text) not in OTHER_WORDS:
                 assert text not in {*Status, REFERENCE}, (file, text)
                 assert not text.startswith(prefixes), (file, text)
+
+
+def modules(file: Path) -> set[str]:
+    """The dotted names that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room(parts: tuple[str, ...]) -> str:
+    """The room of a module of runners/, from the parts of its path or dotted name after `runners`."""
+    if parts[0] in COMMANDS:
+        return "commands"
+    return parts[0] if (PROJECT / "runners" / parts[0]).is_dir() else "foundations"
+
+
+def rooms_imported(file: Path) -> set[str]:
+    names = {tuple(name.split(".")[1:]) for name in modules(file) if name.startswith("runners.")}
+    return {room(name) for name in names}
+
+
+def test_the_rooms_import_what_their_table_says_and_no_more() -> None:
+    found: dict[str, set[str]] = {name: set() for name in (*ROOMS, "foundations")}
+    for file in (PROJECT / "runners").rglob("*.py"):
+        if file.name != "__init__.py" or file.parent.name != "runners":
+            here = room((*file.relative_to(PROJECT / "runners").parts[:-1], file.stem))
+            found[here] |= rooms_imported(file) - {here, "foundations"}
+    assert found == {name: set(others.split()) for name, others in ROOMS.items()} | {"foundations": set()}
+
+
+def test_no_room_imports_one_above_it() -> None:
+    names = list(ROOMS)
+    for place, others in enumerate(ROOMS.values()):
+        assert set(others.split()) <= set(names[:place]), names[place]
+
+
+def test_the_sign_on_the_door_of_the_runners_shows_the_table() -> None:
+    readme = (PROJECT / "runners" / "README.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in readme.splitlines() if "|" in line]
+    table = {row[0].strip("`/"): row[2] for row in rows if len(row) == 3 and row[0].strip("`/") in ROOMS}
+    assert table == ROOMS
+
+
+def test_every_module_and_room_of_the_runners_has_a_sign() -> None:
+    for file in [*(PROJECT / "runners").rglob("*.py"), *(PROJECT / "analysis").rglob("*.py")]:
+        if file.parts[-2] != "notebooks":
+            assert ast.get_docstring(ast.parse(file.read_text())), file
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "tests"])
+def test_no_folder_is_crowded(package: str) -> None:
+    for folder in {file.parent for file in (PROJECT / package).rglob("*.py")}:
+        found = [file.name for file in folder.glob("*.py") if file.name != "__init__.py"]
+        assert len(found) <= MOST_MODULES, folder
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_functions_fit_on_a_screen(package: str) -> None:
+    for file in (PROJECT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name not in LONGER:
+                assert (node.end_lineno or 0) - node.lineno < LONGEST_FUNCTION, (file, node.name)
+
+
+def test_no_two_classes_have_one_name() -> None:
+    places: dict[str, list[Path]] = {}
+    for file in (file for package in PACKAGES for file in (PROJECT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(file)
+    assert not {name: found for name, found in places.items() if len(found) > 1}
 
 
 def test_the_mathematics_needs_torch_and_nothing_else() -> None:
