@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from runners.results import metrics
-from runners.results.metrics import CALIBRATION_INPUTS, METRICS, REFERENCE
+from runners.results.metrics import CALIBRATION_INPUTS, METRICS, MODEL_PATH, REFERENCE
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C ten times as fast, where PyYAML was built with it
 
 
 def collect(study: Path, conditions: Mapping[str, str] | None = None) -> pd.DataFrame:
@@ -103,6 +106,7 @@ def read_tables(runs: pd.DataFrame, name: str) -> pd.DataFrame:
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     frame["series"] = frame["series"].fillna(frame["folder"])  # a run that names no series is one of its own
+    frame["model"] = metrics.model_words(rows)  # two models of one name share no row, no figure and no reference
     return frame
 
 
@@ -111,7 +115,24 @@ def _read_run(file: Path) -> dict[str, Any]:
     if run["method"] != REFERENCE:
         # Runs older than this key always used the quantized model's activations.
         run[CALIBRATION_INPUTS] = run[CALIBRATION_INPUTS] or "quantized"
-    return run | {"device": environment(str(file.parent)).get("device"), "folder": str(file.parent)}
+    path = run.get(MODEL_PATH) or _model_path(file.parent / "config.yaml")
+    device = environment(str(file.parent)).get("device")
+    return run | {MODEL_PATH: path, "device": device, "folder": str(file.parent)}
+
+
+def _model_path(config: Path) -> str | None:
+    """The same from the settings of a run that is older than the key; None where they are not there.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        content = yaml.load(config.read_text(encoding="utf-8"), _Loader)
+        return str(content["model"]["path"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise _damaged(config, str(error).split("\n")[0]) from error
 
 
 def _damaged(file: Path, why: object) -> ValueError:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from runners.config.command_line import CommandLine, configuration, read
+from runners.config.command_line import CommandLine, check_names, configuration, read
 from runners.config.from_config import settings_from
 from runners.config.hydra_internals import launch, parse_arguments, run_here
 from runners.config.launchers import prepare_ray
@@ -26,40 +27,57 @@ from runners.sweeps.isolation import record_dead_runs, run_isolated, sigterm_as_
 
 log = logging.getLogger(__name__)
 
-HYDRAS_OWN = (  # options with which Hydra only prints something, or reads another configuration than conf/config.yaml
-    *("help", "hydra_help", "cfg", "info", "shell_completion"),
-    *("config_dir", "config_name", "config_path", "experimental_rerun"),
-)
+ONLY_SHOW = ("hydra_help", "cfg", "info", "shell_completion")  # Hydra's options that run nothing
+OTHER_CONFIGURATION = ("config_dir", "config_name", "config_path")  # that read another than conf/config.yaml
+SIGPIPE = 128 + 13  # the exit code of a process whose reader, such as `head`, has closed the pipe
 
 
 def start(main: Callable[[], Any]) -> None:
-    """Check the command line, run it, and leave with an exit code that says how it went.
+    """Check the command line, run it, and leave with an exit code that tells how it went.
 
     Args:
-        main: Hydra's way in, for what shows something and runs nothing (`--help`, `--cfg`) and for other configurations.
+        main: Hydra's entry point, for options that only show something (`--help`, `--cfg`), and for other configurations.
     """
-    # Hydra asks for experiment=... without a plus, because the group is in the defaults list; people type both.
-    sys.argv[1:] = [re.sub(r"^\+(?=experiment=)", "", argument) for argument in sys.argv[1:]]
-    arguments = parse_arguments(sys.argv[1:])
-    if any(getattr(arguments, option) for option in HYDRAS_OWN):
-        main()
-        return
-    prepare_ray()
     try:
-        with sigterm_as_interrupt(), configuration():
-            command = read(arguments.overrides, arguments.multirun)
-            if any(cell.execution.dry_run for cell in command.cells):
-                console.print(cells_table(describe_cells(command.cells)))
-            elif arguments.multirun:
-                _run_sweep(command)
-            else:
-                run_here(command.composed, lambda _: _run_cell(command.cells[0], single=True))
+        _start(main)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(WRONG_INPUT) from None
     except KeyboardInterrupt:
         print("interrupted: the same command again goes on with what is missing", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its exit
+        raise SystemExit(SIGPIPE) from None
+
+
+def _start(main: Callable[[], Any]) -> None:
+    # Hydra asks for experiment=... without a plus, because the group is in the defaults list; people type both.
+    words = [re.sub(r"^\+(?=experiment=)", "", word) for word in sys.argv[1:]]
+    options, words = parse_arguments(words)
+    if options.experimental_rerun:
+        raise InputError("--experimental-rerun reads a pickle, which can run any code: give the settings themselves")
+    # The help page shows no values, so a wrong setting must not keep anyone from it.
+    sys.argv[1:] = ["--help"] if options.help else words
+    if options.help or any(getattr(options, name) for name in OTHER_CONFIGURATION):
+        main()
+    elif any(getattr(options, name) for name in ONLY_SHOW):
+        with configuration():
+            check_names(options.overrides, options.multirun)
+        main()
+    else:
+        prepare_ray()
+        with sigterm_as_interrupt(), configuration():
+            _run(read(options.overrides, options.multirun), options.multirun)
+
+
+def _run(command: CommandLine, multirun: bool) -> None:
+    if any(cell.execution.dry_run for cell in command.cells):
+        console.print(cells_table(describe_cells(command.cells)))
+    elif multirun:
+        _run_sweep(command)
+    else:
+        run_here(command.composed, lambda _: _run_cell(command.cells[0], single=True))
 
 
 def job(cfg: DictConfig) -> float:

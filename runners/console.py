@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 # Without a terminal rich assumes 80 columns, which would break the tables in log files.
-console = Console(width=None if sys.stdout.isatty() else 120)
+# Paths and names may have brackets and colons, which rich would take for its markup and for emoji.
+console = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
 
 # Called at every step of a bar with its description, the steps done and their total: `progress.json` follows a run so.
 watcher: Callable[[str, int, int], None] | None = None
@@ -25,7 +26,7 @@ class Bar(Protocol):
 def progress(description: str, total: int) -> Iterator[Bar]:
     """A bar of `total` steps. Where the console is not a terminal it draws nothing, but the watcher is still called."""
     columns = (
-        TextColumn("{task.description:<42}"),
+        TextColumn("{task.description:<42}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -15,6 +15,7 @@ import wandb
 from runners.arguments import start
 from runners.console import console
 from runners.errors import InputError
+from runners.names import check_name
 from runners.results import metrics
 from runners.tracking import content
 from runners.tracking.weights_and_biases import logged_in
@@ -39,7 +40,7 @@ def main(
     """Save two pages for a study on W&B, a workspace and the template of a report, and print their addresses."""
     if find_spec("wandb_workspaces") is None:
         raise InputError('reports need a package that is not installed: pip install "quantease-bench[reports]"')
-    names = metric_names(results / study)
+    names = metric_names(results / check_name("study", study))
     if not logged_in():
         raise InputError("W&B does not know who you are: run wandb login, or set WANDB_API_KEY")
     try:
@@ -71,7 +72,7 @@ def sections(names: list[str]) -> dict[str, list[Any]]:
     perplexities = _perplexities(names)
     agreement = [name for name in metrics.keys_of(names, "agreement") if name.endswith("/kl")]
     accuracies = [
-        name for name in names if (parts := metrics.zero_shot_parts(name)) and parts[1] in ("acc", "acc_norm")
+        name for name in names if name.startswith("zero_shot/") and name.split("/")[-1] in ("acc", "acc_norm")
     ]
     costs = [metrics.QUANTIZE_SECONDS, metrics.QUANTIZE_MEMORY, metrics.EVALUATE_SECONDS]
     warnings = metrics.keys_of(names, "warnings")
@@ -172,13 +173,7 @@ def report(study: str, entity: str, project: str, names: list[str]) -> Any:
         runs = Runset(entity, project, name=study, filters=everything, visible_columns=columns)
         blocks += [wr.H2(heading), wr.P("Finding:"), wr.PanelGrid(runsets=[runs], panels=panels)]
     failed = f"{everything} and Metric('State') != 'finished'"
-    runs = Runset(
-        entity,
-        project,
-        name=metrics.Status.FAILED.value,
-        filters=failed,
-        visible_columns=["summary:stage", "summary:error"],
-    )
+    runs = Runset(entity, project, name="failed", filters=failed, visible_columns=["summary:stage", "summary:error"])
     blocks += [wr.H2("Failures"), wr.P("Every run that has failed, with its stage and error.")]
     blocks += [wr.PanelGrid(runsets=[runs]), wr.H2("How it was made"), wr.P(_how(study))]
     return Report(project, entity, title=f"Study {study}", blocks=blocks, width="fluid")

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from runners.arguments import start
 from runners.console import console
 from runners.errors import InputError, known_names
-from runners.results.metrics import EVALUATE_SECONDS, METRICS, OPEN, QUANTIZE_SECONDS, Status
+from runners.names import check_name
+from runners.results.metrics import EVALUATE_SECONDS, METRICS, OPEN, QUANTIZE_SECONDS, Status, model_words
 from runners.results.progress import PROGRESS
 from runners.results.tables import cell_counts, cells_table
 from runners.sweeps.cells import read_status, registered_cells
@@ -18,7 +19,7 @@ def main(
     results: Annotated[Path, "folder of all studies"] = Path("results"),
 ) -> None:
     """Show which cells of a study are done, running, failed or missing, and how long the rest will take."""
-    rows = cells(results / study)
+    rows = cells(results / check_name("study", study))
     if not_done := [row for row in rows if row["status"] != Status.DONE]:
         console.print(cells_table(not_done), soft_wrap=False)
     console.print(f"{results / study}: {cell_counts(rows)}; {time_left(rows)}", highlight=False, soft_wrap=True)
@@ -36,7 +37,8 @@ def cells(study: Path) -> list[dict[str, Any]]:
     files = [file for name in (METRICS, PROGRESS) for file in study.glob(f"*/*/{name}")]
     found = {file.parent.relative_to(study).as_posix() for file in files}
     rows = [{"setting": "", **listed[name]} | read_status(study / name) for name in listed]
-    return rows + [_from_name(name) | read_status(study / name) for name in sorted(found - listed.keys())]
+    rows += [_from_name(name) | read_status(study / name) for name in sorted(found - listed.keys())]
+    return [row | {"model": model} for row, model in zip(rows, model_words(rows), strict=True)]
 
 
 def time_left(rows: list[dict[str, Any]]) -> str:

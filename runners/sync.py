@@ -15,6 +15,7 @@ from typing import Annotated
 from runners.arguments import start
 from runners.console import console
 from runners.errors import InputError
+from runners.names import check_name
 from runners.results.metrics import METRICS
 from runners.tracking.content import run_id
 from runners.tracking.weights_and_biases import OFFLINE, data_folder, logged_in
@@ -32,7 +33,7 @@ def main(
 
     The same command again sends only what is still missing.
     """
-    folders, left_out = pending(results / study)
+    folders, left_out = pending(results / check_name("study", study))
     remarks = "".join(f", {count} {reason}" for reason, count in left_out.items())
     if dry_run:
         for folder in folders:

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
+
+from runners.names import check_name
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,7 @@ class Execution:
     dry_run: bool
 
     def __post_init__(self) -> None:
-        if not self.study or Path(self.study).name != self.study:
-            raise ValueError(f"study must be the name of a folder, not {self.study!r}")
+        check_name("study", self.study)
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
         if self.cache_gb < 0:

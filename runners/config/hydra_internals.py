@@ -4,26 +4,85 @@
 from the composition that was checked, as `Hydra.run` and `Hydra.multirun` do after theirs.
 """
 
+import itertools
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.grammar import grammar_functions
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, RangeSweep
 from hydra.core.plugins import Plugins
 from hydra.core.utils import configure_log, run_job
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
+from runners.errors import InputError
+
 Task = Callable[[DictConfig], Any]
 
+MAX_VALUES = 10_000  # that one setting may sweep over: range(0,1e9) is a mistake, and would fill the memory
 
-def parse_arguments(arguments: Sequence[str]) -> Namespace:
-    """Hydra's own options (`-m`, `--cfg` and so on), with the settings in `overrides`."""
-    return get_args_parser().parse_args(list(arguments))
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """Hydra's own options (`-m`, `--cfg` and so on), wherever they are, with the settings in `overrides`.
+
+    Returns:
+        The options, and the arguments in an order that Hydra's own parser understands: options first.
+
+    Raises:
+        InputError: an option does not exist, or has a value that it cannot have.
+    """
+    parser = get_args_parser()
+    parser.allow_abbrev = False
+    parser.error = _refuse  # argparse would print its usage, of options that nobody has asked for
+    # Intermixed: otherwise argparse takes the settings before an option for all that there are.
+    options, unknown = parser.parse_known_intermixed_args(list(arguments))
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0] or "name"
+        raise InputError(
+            f"there is no option {unknown[0]}: settings are written without dashes, {name}=value; the options are -m, "
+            "--help, --cfg job and those of python run.py --hydra-help"
+        )
+    settings = Counter(options.overrides)
+    flags = []
+    for word in arguments:
+        if settings[word] > 0:
+            settings[word] -= 1
+        else:
+            flags.append(word)
+    return options, [*flags, *options.overrides]
+
+
+def _refuse(message: str) -> NoReturn:
+    raise InputError(f"{message}; see python run.py --help")
+
+
+def overrides_parser() -> OverridesParser:
+    """Hydra's parser of settings, with a `sort` that is right for ranges."""
+    parser = OverridesParser.create()
+    parser.functions.functions["sort"] = _sort
+    return parser
+
+
+def _sort(*args: Any, sweep: Any = None, list: Any = None, reverse: bool = False) -> Any:
+    """Hydra's `sort`, except for ranges: Hydra makes 3, 1, -1 of range(0,5,2) in reverse, where 4, 2, 0 is right."""
+    only = args[0] if len(args) == 1 else sweep
+    if isinstance(only, RangeSweep):
+        values = itertools.islice(only.range(), MAX_VALUES + 1)
+        return ChoiceSweep(tags=only.tags, list=sorted(values, reverse=reverse))
+    return grammar_functions.sort(*args, sweep=sweep, list=list, reverse=reverse)
+
+
+def glob_of(override: Override) -> Glob | None:
+    """The pattern of `name=glob(...)`; None for any other setting."""
+    value: Any = override.value()
+    return value if isinstance(value, Glob) else None
 
 
 def overrides_of_cells(overrides: list[Override]) -> list[list[str]]:

@@ -11,6 +11,7 @@ from runners.data.task_rows import task_version
 from runners.data.windows import Evaluation
 from runners.identity import counts_if, identifying_fields, identity_of
 from runners.models.checkpoint import Model
+from runners.names import check_name
 from runners.storage.fingerprint import checkpoint_fingerprint
 
 GRID = ("bits", "group_size", "symmetric", "scale_bits", "grid_range")  # the settings of GridSpec, in its order
@@ -53,6 +54,13 @@ class Run:
         if self.warnings not in ("record", "error"):
             raise ValueError(f"warnings must be record or error, not {self.warnings!r}")
         _ = self.grid  # refuses what GridSpec refuses
+        check_name("model.name", self.model.name)
+        check_name("method.name", self.method.name)
+        for name in (
+            *self.evaluation.texts,
+            *self.evaluation.tasks,
+        ):  # tables and keys of metrics.json have these names
+            check_name("the name of a text or task in evaluation", name)
 
     @property
     def grid(self) -> GridSpec:
@@ -83,9 +91,13 @@ class Run:
                 identity["grid"] = identity_of(self.grid)
             else:
                 identity[name] = identity_of(getattr(self, name))
-        if self.model.folder is not None:
-            identity["model"]["path"] = checkpoint_fingerprint(self.model.folder)  # what is in it, not where it is
+        identity["model"]["path"] = self.model_path
         return identity | {"data": self._data_versions(data_root)}
+
+    @property
+    def model_path(self) -> str:
+        """The fingerprint of the files in the model's folder, wherever it is; of a model of the hub its name there."""
+        return self.model.path if self.model.folder is None else checkpoint_fingerprint(self.model.folder)
 
     def _data_versions(self, data_root: str | None) -> dict[str, str]:
         datasets = {name: text.dataset for name, text in self.evaluation.texts.items()}

@@ -12,6 +12,7 @@ from runners.errors import InputError
 from runners.pretrain.export import export, write_card
 from runners.pretrain.training import train
 from runners.project import CONF
+from runners.quoting import setting
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ def main(cfg: DictConfig) -> None:
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else "a CPU"
     export(model, tokenizer, history, output / "model")
     write_card(model, tokenizer, cfg, output / "model", device, history)
-    log.info("exported to %s: python run.py model=local model.path=%s", output / "model", output / "model")
+    command = f"python run.py model=local {setting('model.path', output / 'model')}"
+    log.info("exported to %s: %s", output / "model", command)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ torch nor pandas, because `analysis` must start without torch.
 
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -63,6 +64,7 @@ CALIBRATION_INPUTS = "calibration_inputs"
 CACHE_HITS = "cache/hits"
 CACHE_MISSES = "cache/misses"
 MEMORY_STEPS = "memory/steps"
+MODEL_PATH = "model_path"  # the fingerprint of the model's files, or its name on the hub
 
 
 # Keys of a family: the part before the first slash names the family, the rest what was measured.
@@ -151,6 +153,22 @@ def group_words(group_size: float | None) -> str:
     return PER_CHANNEL if group_size is None else f"group {group_size:g}"
 
 
+def model_words(runs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The name of each run's model; where models of several paths share the name, with what tells them apart.
+
+    `toy [4cdaf985]` and `toy [91fe0b27]` for two folders, `opt-125m [facebook-opt-125m]` for a model of the hub.
+    """
+    pairs = [(str(run["model"]), _present(run.get(MODEL_PATH))) for run in runs]
+    known = {pair for pair in pairs if pair[1] is not None}
+    shared = {name for name, count in Counter(name for name, _ in known).items() if count > 1}
+    return [f"{name} [{_short_path(path)}]" if name in shared and path else name for name, path in pairs]
+
+
+def _short_path(path: str) -> str:
+    """The first digits of a fingerprint; a name on the hub without its slash, as figures have the name in their files'."""
+    return path[:8] if re.fullmatch("[0-9a-f]{16}", path) else path.replace("/", "-")
+
+
 def bits_words(bits: float) -> str:
     """`3 bits`."""
     return f"{bits:g} bits"
@@ -172,7 +190,7 @@ _COUNTS = ("bits", "group_size", "seed", "parameters")
 _NUMBERS = (BITS_PER_WEIGHT, BITS_PER_PARAMETER, OUTLIER_RATIO)
 _MEASURED = ("ppl/", "windows/", "layers/", "quantize/", "evaluate/", "warnings/", "agreement/", "zero_shot/")
 _NOT_MEASURED = ("/version", "/sha256")  # endings of keys that tell how something was measured
-_TEXTS = ("digest", "series", "study", "calibration", CALIBRATION_INPUTS, "grid_range", "stage", "error")
+_TEXTS = ("digest", "series", "study", "calibration", CALIBRATION_INPUTS, "grid_range", "stage", "error", MODEL_PATH)
 _TRUTHS = ("symmetric", "act_order")
 
 

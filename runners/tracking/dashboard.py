@@ -7,6 +7,7 @@ import io
 import os
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from runners.config.settings import Settings
@@ -16,7 +17,7 @@ from runners.tracking.figures import layer_error_figure, pixels
 
 
 class TrackioTracker:
-    """One run in trackio's store."""
+    """Tells one run of trackio's."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         store = (Path(settings.execution.results) / "trackio").absolute()
@@ -27,18 +28,20 @@ class TrackioTracker:
             raise ValueError(f"trackio already writes to {TRACKIO_DIR}: a process can have one results folder")
         self._folder = folder
         self._curves = content.Curves()
-        self.where: str | None = f"TRACKIO_DIR={store} trackio show --project {settings.execution.study}"
+        self.where: str | None = (
+            f"TRACKIO_DIR={quote(str(store))} trackio show --project {quote(settings.execution.study)}"
+        )
         self._run = _start(settings)
 
     def layer(self, record: LayerRecord) -> None:
-        """Log one point per curve."""
+        """A point of each curve."""
         self._run.log(self._curves.points(record))
 
     def finish(self, metrics: dict[str, Any], records: list[LayerRecord]) -> None:
-        """Log the numbers of `metrics.json`, its texts as a table, the run's tables, and its figure."""
+        """The numbers of `metrics.json`, what it says in words as a table, the run's tables, and its figure."""
         import trackio
 
-        # Settings are in trackio's table of runs; as metrics each would become a chart.
+        # Settings are in its table of runs; as charts they would only be in the way.
         measured = {key: value for key, value in metrics.items() if key not in self._run.config}
         numbers = {key: value for key, value in measured.items() if isinstance(value, int | float)}
         words = [[key, value] for key, value in metrics.items() if isinstance(value, str)]
@@ -73,7 +76,7 @@ def _start(settings: Settings) -> Any:
     name = content.title(settings)
     with suppress(ValueError):  # the study has no run yet
         for earlier in [run for run in trackio.Api().runs(settings.execution.study) if run.name == name]:
-            earlier.delete()  # the run is made again, and replaces it
+            earlier.delete()  # run again, it replaces what it was
     return LocalRun(
         None, settings.execution.study, None, name, group=settings.run.model.name, config=content.config(settings)
     )
