@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from runners.errors import InputError
 from runners.results.layers import LayerRecord
 from runners.results.metrics import METRICS, Reason, Status, parse
-from runners.storage.files import file_lock, write
+from runners.storage.files import write
+from runners.storage.locks import file_lock
 
 LOCK = ".lock"  # in a run's folder; held by the process that works on the run, and released by the kernel when it dies
 LOCK_SECONDS = 1.0  # to wait for the lock: `is_running` holds it for a moment, and must not keep a run from starting

@@ -1,4 +1,4 @@
-"""Atomic files, and locks that end with their process.
+"""Atomic files.
 
 A reader sees the old content of a file or the new one, never a part: also after a kill, a full disk or a power failure.
 """
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -54,35 +53,6 @@ def _atomically(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)  # after an error; a rename has left nothing to remove
-
-
-@contextmanager
-def file_lock(file: Path, timeout: float) -> Iterator[bool]:
-    """Lock a file against all other processes. The kernel releases the lock when its process dies, however it dies.
-
-    Args:
-        file: created if missing; its content has no meaning.
-        timeout: seconds to wait for another process; -1: for ever.
-
-    Yields:
-        Whether the lock is held; False after the timeout.
-
-    Raises:
-        InputError: the file system has no locks, or refuses them.
-    """
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=timeout)
-    except Timeout:
-        yield False
-        return
-    except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{file} cannot be locked ({reason}): set results=FOLDER, where that is possible") from error
-    try:
-        yield True
-    finally:
-        lock.release()
 
 
 def check_writable(folder: Path) -> None:

@@ -10,7 +10,8 @@ from runners.errors import InputError
 from runners.results.metrics import MODEL_PATH, model_words
 from runners.results.progress import owner_words, progress_words, read_progress
 from runners.results.run_folder import RunFolder
-from runners.storage.files import file_lock, write
+from runners.storage.files import write
+from runners.storage.locks import file_lock
 
 CELLS = "cells.json"  # in a study's folder: what its sweeps are to run, by run folder
 

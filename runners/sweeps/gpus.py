@@ -3,21 +3,24 @@
 The kernel releases a lock when its process dies, however it dies: a killed cell never keeps its GPU.
 """
 
-import getpass
 import logging
 import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import BaseFileLock
+
+from runners.errors import InputError
+from runners.storage.locks import acquire, kernel_lock
 
 log = logging.getLogger(__name__)
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+SETTING = "TMPDIR=FOLDER"  # in the environment, with which the user moves the locks
 POLL_SECONDS = 0.5  # between two tries while all GPUs are taken; a cell takes at least tens of seconds
 
 
@@ -30,14 +33,16 @@ def lease(device: str | None) -> Iterator[dict[str, str]]:
 
     Yields:
         What to add to the environment of the process that is to use the GPU; empty where there is no GPU to lease.
+
+    Raises:
+        InputError: the folder for temporary files cannot be written, or has no locks.
     """
     gpus = _visible() if device in (None, "cuda") else {}
     if not gpus:
         yield {}
         return
-    folder = Path(tempfile.gettempdir()) / f"quantease-gpus-{getpass.getuser()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    locks = {gpu: FileLock(folder / f"{name}.lock") for gpu, name in gpus.items()}
+    folder = _folder()
+    locks = {gpu: kernel_lock(folder / f"{name}.lock") for gpu, name in gpus.items()}
     gpu = _acquire_any(locks)
     try:
         yield {VISIBLE: gpu}
@@ -45,13 +50,22 @@ def lease(device: str | None) -> Iterator[dict[str, str]]:
         locks[gpu].release()
 
 
+def _folder() -> Path:
+    """The folder of the locks of this user, who has a number everywhere, but in a container perhaps no name."""
+    folder = Path(tempfile.gettempdir()) / f"quantease-gpus-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error.strerror}): set {SETTING}") from error
+    return folder
+
+
 def _acquire_any(locks: Mapping[str, BaseFileLock]) -> str:
     """Wait for the first lock that is free and acquire it; returns its GPU."""
     has_said_so = False
     while True:
         for gpu, lock in locks.items():
-            with suppress(Timeout):
-                lock.acquire(blocking=False)
+            if acquire(lock, 0, SETTING):
                 return gpu
         if not has_said_so:
             log.info("all %d GPUs are taken: waiting for one", len(locks))
