@@ -15,8 +15,7 @@ from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported
 from runners.config.run import Method
 from runners.errors import InputError
-from runners.run import experiment
-from runners.run import stages as work
+from runners.run import experiment, stages
 from runners.run.experiment import run_cell, run_experiment
 from tests.conftest import ToySettings
 
@@ -146,7 +145,7 @@ def test_an_unexpected_error_becomes_a_row_with_stage_and_traceback(
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("in the middle")
 
-    monkeypatch.setattr(work, "Evaluation", fail)
+    monkeypatch.setattr(stages, "BlockwiseEvaluation", fail)
     settings = toy_settings("method=rtn")
     row = run_cell(settings)
     assert (row["status"], row["stage"]) == ("failed", "evaluate")

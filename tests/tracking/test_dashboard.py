@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from runners.config import settings as settings_module
+from runners.config import execution
 from runners.errors import InputError
 from runners.run.experiment import run_cell
 from runners.tracking import content, track
@@ -124,7 +124,7 @@ def test_one_process_has_one_store(
 def test_without_the_extra_the_command_line_says_what_to_install(
     toy_settings: ToySettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settings_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(execution, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r'pip install "quantease-bench\[dashboard\]"'):
         toy_settings("method=rtn", "tracker=trackio")
 
