@@ -72,7 +72,7 @@ def sections(names: list[str]) -> dict[str, list[Any]]:
     perplexities = _perplexities(names)
     agreement = [name for name in metrics.keys_of(names, "agreement") if name.endswith("/kl")]
     accuracies = [
-        name for name in names if name.startswith("zero_shot/") and name.split("/")[-1] in ("acc", "acc_norm")
+        name for name in names if (parts := metrics.zero_shot_parts(name)) and parts[1] in ("acc", "acc_norm")
     ]
     costs = [metrics.QUANTIZE_SECONDS, metrics.QUANTIZE_MEMORY, metrics.EVALUATE_SECONDS]
     warnings = metrics.keys_of(names, "warnings")
@@ -173,7 +173,13 @@ def report(study: str, entity: str, project: str, names: list[str]) -> Any:
         runs = Runset(entity, project, name=study, filters=everything, visible_columns=columns)
         blocks += [wr.H2(heading), wr.P("Finding:"), wr.PanelGrid(runsets=[runs], panels=panels)]
     failed = f"{everything} and Metric('State') != 'finished'"
-    runs = Runset(entity, project, name="failed", filters=failed, visible_columns=["summary:stage", "summary:error"])
+    runs = Runset(
+        entity,
+        project,
+        name=metrics.Status.FAILED.value,
+        filters=failed,
+        visible_columns=["summary:stage", "summary:error"],
+    )
     blocks += [wr.H2("Failures"), wr.P("Every run that has failed, with its stage and error.")]
     blocks += [wr.PanelGrid(runsets=[runs]), wr.H2("How it was made"), wr.P(_how(study))]
     return Report(project, entity, title=f"Study {study}", blocks=blocks, width="fluid")

@@ -9,6 +9,7 @@ from typing import Any
 from runners.config.execution import Execution
 from runners.config.run import GRID, Method, Run
 from runners.identity import digest_of, plain
+from runners.results.metrics import REFERENCE
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Settings:
 
     def reference(self) -> "Settings":
         """The unquantized run that this one is compared with."""
-        return self.replace(method=Method("fp16", None), force=False)
+        return self.replace(method=Method(REFERENCE, None), force=False)
 
     def identity(self) -> dict[str, Any]:
         """Everything that can change a number, and nothing else. The run's folder has its hash in its name."""

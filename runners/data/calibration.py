@@ -1,4 +1,8 @@
-"""Draw the calibration sequences: seeded, from a split that is never evaluated."""
+"""Draw the calibration sequences from a split that is never evaluated, and others to measure layer errors on.
+
+The draw depends on the text, the tokenizer, the length, `num_sequences` and the seed, and on nothing else, so every method
+of a study calibrates on the same tokens. The hash of the tokens is stored with the results.
+"""
 
 import random
 from dataclasses import dataclass
@@ -17,14 +21,15 @@ class Calibration:
     """One file of `conf/calibration/`.
 
     Attributes:
-        sampling: `documents` draws a random window within a random document that is long enough (GPTQ's rule for C4),
-            `joined` a random window of all documents joined by `join`.
-        num_sequences: how many sequences to draw.
-        true_sequential: the layers of a block that run later are solved on what the earlier, already quantized ones
-            feed them; otherwise all layers of a block see the block as it was (the published protocol).
-        inputs: `quantized`: a block sees what the quantized blocks before it feed it (the published protocol);
-            `full_precision`: what the unquantized ones do, which is the same for all methods and computed once for all.
-        held_out: how many more sequences to draw, on which the layers' errors are measured but nothing is calibrated.
+        sampling: `documents` draws a random window of a random document that is long enough (GPTQ's rule for C4);
+            `joined` a random window of all documents joined by `join` (GPTQ's rule for WikiText-2 and PTB).
+        num_sequences: how many sequences to draw. 128 is the number in the papers of GPTQ and QuantEase.
+        true_sequential: solve the later layers of a decoder block on the outputs of its earlier, already quantized layers;
+            otherwise every layer of a decoder block is solved on the unquantized block (the published protocol).
+        inputs: `quantized`: a decoder block receives the outputs of the quantized blocks before it (the published
+            protocol); `full_precision`: those of the unquantized blocks, which do not depend on the method, so they are
+            computed once for all methods.
+        held_out: how many further sequences to draw: layer errors are measured on them, nothing is calibrated on them.
     """
 
     name: str
@@ -55,7 +60,7 @@ class Sequences:
 
     Attributes:
         used: to calibrate on.
-        held_out: from other places of the same text, to measure the layers' errors on; None: there are none.
+        held_out: from other places of the same text, to measure layer errors on; None: no such sequences.
     """
 
     used: Tensor
@@ -63,12 +68,12 @@ class Sequences:
 
     @property
     def all(self) -> list[Tensor]:
-        """Both kinds, those that there are."""
+        """`used`, and `held_out` unless it is None."""
         return [self.used] if self.held_out is None else [self.used, self.held_out]
 
     @property
     def sha256(self) -> str:
-        """Of the sequences that are calibrated on."""
+        """Hash of `used` alone: the held-out sequences change no weight."""
         return ids_hash(self.used)
 
 
@@ -79,12 +84,21 @@ def draw_sequences(
     seed: int,
     data_root: str | None,
 ) -> Sequences:
-    """The calibration sequences, and beside them those that are held out: which ones does not touch the others.
+    """Draw the calibration sequences and the held-out sequences.
+
+    `used` does not depend on how many sequences are held out, because those are drawn last.
+
+    Args:
+        length: tokens per sequence.
+        seed: of Python's generator; each seed is another draw.
+        data_root: folder of data sets; None: the hub.
 
     Raises:
-        InputError: the data set cannot be had, or is too short.
+        MissingData: the data set is missing.
+        InputError: the data set is damaged or too short, or the tokenizer cannot read it.
     """
     rows = calibration.dataset.rows(data_root)
+    # A generator of its own, because the draw must not depend on what else uses the global one. Python's, as in GPTQ's code.
     generator = random.Random(seed)
     draw = _from_documents if calibration.sampling == "documents" else _from_all
     used, held_out = draw(rows, calibration, tokenizer, length, generator)
@@ -94,16 +108,20 @@ def draw_sequences(
 def _from_all(
     rows: list[str], calibration: Calibration, tokenizer: PreTrainedTokenizerBase, length: int, generator: random.Random
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Random windows of all documents joined; those that are held out share no token with the others."""
+    """Random windows of all documents joined, with replacement as in GPTQ's code.
+
+    Windows of `used` may overlap each other. The held-out windows share no token with them, because an error measured on
+    tokens that the weights were fitted to would be too low.
+    """
     ids = encode(tokenizer, calibration.join.join(rows))
     if len(ids) < calibration.num_sequences * length:
         raise InputError(
             f"calibration={calibration.name} has {len(ids)} tokens, fewer than the {calibration.num_sequences} sequences of "
             f"{length} that are asked for: lower calibration.num_sequences or model.sequence_length, or take another text"
         )
-    free = torch.ones(len(ids) - length + 1, dtype=torch.bool)  # where a window may begin
+    free = torch.ones(len(ids) - length + 1, dtype=torch.bool)  # where a held-out window may begin
     starts = [generator.randrange(len(free)) for _ in range(calibration.num_sequences)]
-    for start in starts:
+    for start in starts:  # a window that begins less than `length` before or after this one would overlap it
         free[max(0, start - length + 1) : start + length] = False
     places = free.nonzero().flatten().tolist()
     if calibration.held_out and not places:
@@ -116,9 +134,10 @@ def _from_all(
 def _from_documents(
     rows: list[str], calibration: Calibration, tokenizer: PreTrainedTokenizerBase, length: int, generator: random.Random
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """GPTQ's rule for C4: a random document, if it is longer than a sequence, and a random window of it.
+    """GPTQ's rule for C4 (`get_c4` in its datautils.py): a random window of a random document that is long enough.
 
-    Those that are held out are windows of documents that the others are not of.
+    Unlike there, no document is drawn twice before every document has been tried, so a small data set is used evenly. The
+    held-out windows are from documents of which no window was drawn for `used`.
     """
     order = list(range(len(rows)))
     used, taken = _windows_of(rows, order, calibration.num_sequences, tokenizer, length, generator)
@@ -142,7 +161,14 @@ def _windows_of(
     length: int,
     generator: random.Random,
 ) -> tuple[list[Tensor], set[int]]:
-    """`count` windows, or none if no document is long enough, and the documents that they are of."""
+    """Draw one window per document, in random order, again from the first when all documents were tried.
+
+    Args:
+        order: numbers of the documents to draw from; shuffled in place before every round.
+
+    Returns:
+        `count` windows, none if no document is long enough, and the numbers of the documents that they are from.
+    """
     sequences: list[Tensor] = []
     taken: set[int] = set()
     while len(sequences) < count:
@@ -150,19 +176,21 @@ def _windows_of(
         found = len(sequences)
         for row in order:
             ids = encode(tokenizer, rows[row])
-            if len(ids) > length:  # longer, not as long: GPTQ's `randint(0, len - length - 1)` needs a place to choose
+            # Longer than a sequence, not equal: GPTQ's code accepts a document of exactly `length` tokens, and then its
+            # `randint(0, len - length - 1)` fails because the range is empty. For longer ones the range is the same.
+            if len(ids) > length:
                 start = generator.randrange(len(ids) - length)
                 sequences.append(ids[start : start + length])
                 taken.add(row)
             if len(sequences) == count:
                 break
         if len(sequences) == found:
-            break
+            break  # a whole round without a document that is long enough: another round would find none either
     return sequences, taken
 
 
 def too_short_to_hold_out(calibration: Calibration) -> InputError:
-    """The error for a text of which nothing is left beside the calibration sequences."""
+    """The error for a text that has nothing left for held-out sequences once the calibration sequences are drawn."""
     return InputError(
         f"calibration={calibration.name} is too short to hold out {calibration.held_out} sequences that calibration does "
         "not see: lower calibration.held_out (0: none) or calibration.num_sequences, or take another text"

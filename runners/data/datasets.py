@@ -1,4 +1,4 @@
-"""Where texts come from: a data set of the hub or its rows in a folder, and the standard library."""
+"""Sources of texts: a data set of the hub, its rows in a local folder, or the standard library of Python."""
 
 import json
 import logging
@@ -16,14 +16,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A data set of the hub, or, where a data root is given, its rows as JSON lines in `<root>/<folder>/<split>.jsonl`.
+    """A data set of the hub; with a data root, its rows as JSON lines in `<root>/<folder>/<split>.jsonl` instead.
 
     Attributes:
+        folder: its name in a data root.
         path: the data set's name on the hub.
         split: which of its splits.
         column: the column that holds the text.
         config: the data set's configuration on the hub.
-        data_file: one file of the data set, where the whole would be too large.
+        data_file: download only this file of it. C4 is hundreds of GB, and GPTQ's code takes its first file.
         revision: branch, tag or commit on the hub.
     """
 
@@ -38,16 +39,19 @@ class HubDataset:
     def rows(self, data_root: str | None) -> list[str]:
         """The texts of all rows, in order.
 
+        Args:
+            data_root: folder of data sets; None: the hub, or what is cached of it.
+
         Raises:
-            MissingData: the data set is not there.
-            InputError: a row is not as it should be.
+            MissingData: the data set is neither in the data root nor, without one, on the hub.
+            InputError: a row is damaged; the message names its line.
         """
         if data_root is not None:
             return self._read(self._file(data_root))
         return self._download()
 
     def version(self, data_root: str | None) -> str:
-        """Which rows these are, for a run's identity: a fingerprint of the file, or the hub's."""
+        """Which rows these are, for a run's digest: a fingerprint of the file, `missing`, or `hub`."""
         if data_root is None:
             return "hub"
         file = self._file(data_root)
@@ -66,7 +70,7 @@ class HubDataset:
         for number, line in enumerate(file.read_bytes().splitlines(), start=1):
             try:
                 row = json.loads(line)[self.column]
-                row.encode()  # half a surrogate pair is no text
+                row.encode()  # JSON allows half a surrogate pair (\ud800), which no tokenizer can encode
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 row = None
             if not isinstance(row, str):
@@ -76,7 +80,7 @@ class HubDataset:
 
     def _download(self) -> list[str]:
         hub_answers()
-        import datasets
+        import datasets  # here, because it takes a second and a data root does not need it
 
         datasets.utils.disable_progress_bars()
         files = {self.split: self.data_file} if self.data_file else None
@@ -85,7 +89,9 @@ class HubDataset:
                 self.path, self.config, data_files=files, split=self.split, revision=self.revision
             )
             return list(loaded[self.column])
-        except Exception as error:  # the hub's client has some twenty ways to say no
+        except (
+            Exception
+        ) as error:  # the hub's client raises many unrelated classes: of its own, of HTTP, of the file system
             raise MissingData(
                 f"the data set {self.folder} ({self.path}, {self.split}) cannot be had from the hub "
                 f"({why_not(error)}). Go online, or name a folder that holds {self.folder}/{self.split}.jsonl: "
@@ -95,10 +101,10 @@ class HubDataset:
 
 @dataclass(frozen=True)
 class StandardLibrary:
-    """Documents of the standard library of the Python that runs this, see `runners.data.stdlib`.
+    """Documents of the standard library of the running Python, see `runners.data.stdlib`.
 
     Attributes:
-        part: `evaluation` or `calibration`.
+        part: `evaluation` or `calibration`; the other two parts trained the bundled model.
         kind: `docs` or `source`; None: both.
     """
 
@@ -111,13 +117,18 @@ class StandardLibrary:
         if self.kind not in (None, "docs", "source"):
             raise ValueError(f"kind must be docs, source or null, not {self.kind}")
 
-    def rows(self, data_root: str | None) -> list[str]:  # noqa: ARG002 - the library is where Python is
+    def rows(self, data_root: str | None) -> list[str]:  # noqa: ARG002 - needs no data root
+        """The texts, ordered as `runners.data.stdlib.documents` orders them, docs before source.
+
+        Raises:
+            InputError: this Python has no readable standard library.
+        """
         kinds: list[Kind] = ["docs", "source"] if self.kind is None else [self.kind]  # pyright: ignore[reportAssignmentType]
         part: Part = self.part  # pyright: ignore[reportAssignmentType]
         return [document.text for kind in kinds for document in documents(kind, part)]
 
     def version(self, data_root: str | None) -> str:  # noqa: ARG002
-        """Which text this is, for a run's identity: every version of Python carries another."""
+        """Which texts these are, for a run's digest: every version of Python has other ones."""
         return f"Python {platform.python_version()}"
 
 

@@ -1,11 +1,11 @@
 """Text that every Python carries: the language reference and the standard library.
 
-A machine without a data-set hub still has some 10 MB of English and Python on its disk. They are cut into documents,
-and a hash of the document's name decides, once and for all, which part a document belongs to: what is evaluated or
-calibrated on is never what the bundled model was trained on. A module's docstrings and its source share a name, so
-they always fall into the same part; the source has its docstrings cut out, so no sentence stands in both kinds.
+A machine without a data-set hub still has the language reference and the source of the standard library. They are split
+into documents, and a hash of a document's name decides which part the document belongs to, so the bundled model is never
+evaluated or calibrated on documents that it was trained on. The docstrings and the source of a module share a name, so they
+fall into the same part. The docstrings are removed from the source, so no docstring is in both kinds.
 
-Pythons differ in their library, so a result on these texts carries their hash and the version of Python.
+Every version of Python has other texts, so their hash and the version of Python are stored with results.
 """
 
 import ast
@@ -23,19 +23,23 @@ from runners.errors import InputError
 Kind = Literal["docs", "source"]
 Part = Literal["train", "validation", "calibration", "evaluation"]
 
-SHARES: dict[Part, int] = {"evaluation": 10, "calibration": 8, "validation": 2, "train": 80}  # of 100 names
+# Of 100 names. Fixed for good: the bundled model was trained on `train`, so another share would let it be evaluated on what
+# it has seen.
+SHARES: dict[Part, int] = {"evaluation": 10, "calibration": 8, "validation": 2, "train": 80}
 
-# Tables and installers rather than text, and what distributions split off into packages of their own.
+# What is no text of this Python: other people's packages, compiled modules, tables of characters (encodings), the wheels of
+# ensurepip (_bundled). `pydoc_data` is read by itself, because it holds the language reference as one table.
 LEFT_OUT = {"site-packages", "dist-packages", "lib-dynload", "encodings", "pydoc_data", "_bundled", "__pycache__"}
+# Debian ships these in separate packages: with them, two machines of one Python version would have different texts.
 SPLIT_OFF = {"idlelib", "lib2to3", "tkinter", "turtledemo", "turtle.py"}
-TEST_SUITES = {"test", "tests", "idle_test"}
+TEST_SUITES = {"test", "tests", "idle_test"}  # many distributions leave them out too, so nothing is measured on them
 
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text and the name that decides which part it belongs to."""
+    """One text and the name whose hash decides which part it belongs to."""
 
     name: str
     kind: Kind
@@ -43,10 +47,13 @@ class Document:
 
 
 def documents(kind: Kind, part: Part) -> list[Document]:
-    """The documents of one kind and part, in the order of their names' hashes (so that the first are a fair sample).
+    """The documents of one kind and part, ordered by the hashes of their names.
+
+    This order mixes the topics, so the first documents (and windows) are a sample of all: by name they would all be from
+    modules that begin with "a".
 
     Raises:
-        InputError: this Python carries no readable standard library (an embedded or zipped one).
+        InputError: this Python has no readable standard library (it is embedded or zipped).
     """
     chosen = [document for document in _part(part) if document.kind == kind]
     if not chosen:
@@ -63,9 +70,10 @@ def _part(part: Part) -> tuple[Document, ...]:
 
 
 def part_of(name: str) -> Part:
-    """The part that a document's name falls into. Test suites, where a Python carries them, only train."""
+    """The part that a document's name falls into; `train` for test suites, which not every Python has."""
     if TEST_SUITES & set(name.split(".")):
         return "train"
+    # SHA-256, not Python's hash(), which changes from process to process. Four bytes are enough for an even split.
     place = int.from_bytes(_hash(name)[:4], "big") % 100
     for part, share in SHARES.items():
         if place < share:
@@ -86,12 +94,12 @@ def _modules(root: Path, part: Part) -> Iterator[Document]:
     for path in _files(root):
         name = ".".join(path.relative_to(root).parts).removesuffix(".py").removesuffix(".__init__")
         if part_of(name) != part:
-            continue  # before it is read: the parts that a run needs are a fifth of the library
+            continue  # before it is parsed: a run needs at most 18 of 100 names
         try:
             text = path.read_text(encoding="utf-8")
             tree = ast.parse(text)
         except (UnicodeDecodeError, SyntaxError, ValueError):
-            continue  # the test suites contain files that are broken on purpose
+            continue  # the test suites contain files that are malformed on purpose
         docstrings, source = _separate(text, tree)
         if docstrings:
             yield Document(name, "docs", "\n\n".join(docstrings))
@@ -101,6 +109,10 @@ def _modules(root: Path, part: Part) -> Iterator[Document]:
 
 @lru_cache
 def _files(root: Path) -> tuple[Path, ...]:
+    """All Python files below a folder, sorted, without what LEFT_OUT and SPLIT_OFF name and what the build generated.
+
+    `config-*` and `_sysconfigdata*` hold the settings of the machine that this Python was built on.
+    """
     found = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in LEFT_OUT | SPLIT_OFF and not name.startswith("config-")]
@@ -111,7 +123,7 @@ def _files(root: Path) -> tuple[Path, ...]:
 
 
 def _separate(text: str, tree: ast.Module) -> tuple[list[str], str]:
-    """The docstrings of a module, cleaned, and its source without them."""
+    """The docstrings of a module, without their indentation, and its source without the lines of its docstrings."""
     lines: list[str | None] = list(text.split("\n"))
     docstrings = []
     for node in ast.walk(tree):

@@ -1,7 +1,7 @@
-"""Where the questions of zero-shot tasks come from: a data root, the standard library, or, as the harness has it, the hub.
+"""Rows of zero-shot tasks from a data root or from the standard library.
 
-A task's own definition (prompts, choices, metrics) always is lm-eval's, included from its file; only the rows may come
-from elsewhere, in the hub's columns.
+The definition of a task (prompts, choices, metrics) is always lm-eval's. Only the rows may come from here, in the columns
+that the data set has on the hub; without a data root lm-eval downloads them itself.
 """
 
 import json
@@ -20,15 +20,16 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class TaskData:
-    """One of the papers' tasks.
+    """The data of one of the papers' tasks.
 
     Attributes:
-        definition: lm-eval's file, in its folder of tasks.
-        dataset: the data set's name on the hub.
+        definition: lm-eval's YAML file, relative to its folder of tasks.
+        dataset: the data set's name on the hub, and its configuration.
         split: the split that is measured on.
-        columns: those that the task's prompts are made of.
-        is_sound: whether a row can be asked and has an answer.
-        needs: what that takes, in words.
+        columns: the columns that the prompts use; others are dropped, because lm-eval builds a table of all rows, and a
+            column that nobody needs may have mixed types.
+        is_sound: whether a row makes a question with an answer. May raise KeyError or TypeError for a row that does not.
+        needs: the same in words, for error messages.
     """
 
     definition: str
@@ -100,11 +101,11 @@ TASKS = {
         'a sentence with a gap (_), option1 and option2 and the answer "1" or "2"',
     ),
 }
-BUNDLED = "stdlib_last_word"
+BUNDLED = "stdlib_last_word"  # the task of `runners.data.last_word`
 
 
 def task_version(name: str, data_root: str | None) -> str:
-    """Which rows a task is measured on, for a run's identity: a fingerprint of the file, the Python, or the hub's."""
+    """Which rows a task is measured on, for a run's digest: a fingerprint of the file, the Python's version, or `hub`."""
     if name == BUNDLED:
         return f"Python {platform.python_version()}"
     if data_root is None or name not in TASKS:
@@ -114,16 +115,18 @@ def task_version(name: str, data_root: str | None) -> str:
 
 
 def task_file(name: str, data_root: str) -> Path:
-    """Where a data root holds the rows of a task."""
+    """The file in a data root that holds the rows of a task, as an absolute path."""
     return Path(data_root).expanduser().absolute() / "lm_eval" / f"{name}.jsonl"
 
 
 def read_task(name: str, file: Path) -> list[Row]:
-    """The rows of a task from JSON lines, in the columns that its prompts are made of.
+    """The rows of a task from JSON lines, in the columns that its prompts use.
+
+    Every row is checked: of a row without a right answer lm-eval would make a wrong accuracy, or an error after hours.
 
     Raises:
-        MissingData: there is no such file.
-        InputError: a row is not as it should be, naming its line; or there are none.
+        MissingData: the file does not exist.
+        InputError: a row is damaged (the message names its line), or the file has no rows.
     """
     task = TASKS[name]
     if not file.is_file():
@@ -151,14 +154,19 @@ def _parse(line: bytes, task: TaskData) -> Row | None:
 
 
 def rows_of_file(*, name: str, file: str, **_: Any) -> dict[str, Any]:
-    """What lm-eval calls for the rows, with all that the task's file says under `metadata` and `dataset_kwargs`."""
+    """The rows of a task in a data root, as lm-eval's `custom_dataset` wants them: split to data set.
+
+    Args:
+        name: of the task.
+        file: its JSON lines. Both come from the `dataset_kwargs` of the task's YAML file; lm-eval adds its metadata.
+    """
     from datasets import Dataset
 
     return {TASKS[name].split: Dataset.from_list(read_task(name, Path(file)))}
 
 
 def rows_of_library(**_: Any) -> dict[str, Any]:
-    """The same for the bundled task."""
+    """The rows of the bundled task, as lm-eval's `custom_dataset` wants them: split to data set."""
     from datasets import Dataset
 
     return {"test": Dataset.from_list(last_word_rows())}

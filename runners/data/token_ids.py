@@ -1,4 +1,4 @@
-"""Text to token ids, and the hash by which two results are known to use the same tokens."""
+"""Text to token ids, and the hash that shows whether two results used the same tokens."""
 
 from hashlib import sha256
 
@@ -10,13 +10,13 @@ from runners.errors import InputError
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """The ids of a text as the tokenizer makes them, special tokens included, int64 (tokens,).
+    """Token ids of a text, int64 (tokens,), with the special tokens that the tokenizer adds.
 
-    Special tokens stay, as in GPTQ's code: a tokenizer that adds a BOS token puts it once, before the whole text, so only
-    the first window of a joined text has one.
+    They are kept as in GPTQ's code: a tokenizer that adds a BOS token adds it once, before the whole text, so of a joined
+    text only the first window has one.
 
     Raises:
-        InputError: the tokenizer cannot read the text.
+        InputError: the tokenizer cannot encode the text.
     """
     try:
         return torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
@@ -27,8 +27,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 
 
 def ids_hash(ids: Tensor) -> str:
-    """SHA-256 of token ids and their shape, in hexadecimal.
+    """SHA-256 of token ids of any shape, in hexadecimal.
 
-    The shape is part of it: the same tokens in windows of another length give another perplexity.
+    The shape is hashed too, because the same tokens in windows of another length give another perplexity. The ids are hashed
+    as int64 in host memory, so neither device nor integer type changes the hash.
     """
     return sha256(f"{tuple(ids.shape)}".encode() + ids.to(torch.int64).cpu().numpy().tobytes()).hexdigest()

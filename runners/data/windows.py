@@ -1,8 +1,11 @@
-"""Perplexity under a named protocol.
+"""Evaluation texts as windows of token ids, under a named protocol.
 
-A text is its documents joined and tokenized once, cut into windows without overlap, the tail dropped. The perplexity is
-the exponential of the mean negative log-likelihood of the tokens, of which a window of T has T - 1 (GPTQ's protocol:
-https://github.com/IST-DASLab/gptq). The name of the protocol is kept with the number, and so is the hash of the tokens.
+A protocol says which documents are taken, what joins them, and how many windows are cut. The documents are joined and
+tokenized once; the windows do not overlap, and the tail that fills no window is dropped. These are the rules of GPTQ's code
+(https://github.com/IST-DASLab/gptq, datautils.py): `gptq` is its WikiText-2, `gptq-new` its `get_c4_new` and `get_ptb_new`.
+
+Another join, another count or another window length gives another perplexity of the same model on the same documents. So
+the protocol's name and the hash of the token ids are stored with every perplexity.
 """
 
 from dataclasses import dataclass, field
@@ -18,12 +21,13 @@ from runners.identity import counts_if
 
 @dataclass(frozen=True)
 class Text:
-    """A text to measure perplexity on: which documents, joined by what, and how many windows of it.
+    """The protocol of one evaluation text.
 
     Attributes:
-        protocol: the name under which the field knows this choice; it is stored with every number.
-        max_documents: take only the first so many documents; None: all.
-        max_windows: take only the first so many windows; None: all.
+        protocol: the name under which the field knows this choice; it is stored with every perplexity.
+        join: put between two documents.
+        max_documents: take only the first documents, this many; None: all.
+        max_windows: take only the first windows, this many; None: all.
     """
 
     protocol: str
@@ -40,9 +44,9 @@ class Evaluation:
     Attributes:
         texts: what perplexity is measured on.
         tasks: what zero-shot accuracy is measured on: names of lm-eval, or the bundled task.
-        limit: take only the first so many questions of a task; None: all.
-        skip_missing: skip a text whose data set cannot be had, and say so in the results, where the run would fail. (A
-            task that is not to be had never stops a run.)
+        limit: ask only the first questions of a task, this many; None: all.
+        skip_missing: skip a text whose data set is missing, and store the reason; otherwise the run fails. (A missing task
+            never fails a run.)
         agreement: compare the next-token distribution with the unquantized model's on every text.
     """
 
@@ -62,11 +66,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Windows:
-    """A text as the model will see it, and how it came about.
+    """The windows of one text, and how they were made.
 
     Attributes:
         ids: token ids (windows, length).
-        protocol: the protocol's name, with what deviates from it.
+        protocol: the protocol's name, followed by any deviation from it.
         tokens: tokens of the whole text, before windows were cut.
     """
 
@@ -76,16 +80,21 @@ class Windows:
 
     @property
     def sha256(self) -> str:
+        """Hash of the ids: only perplexities of the same hash may be compared."""
         return ids_hash(self.ids)
 
 
 def cut_texts(
     evaluation: Evaluation, tokenizer: PreTrainedTokenizerBase, length: int, data_root: str | None
 ) -> tuple[dict[str, Windows], dict[str, str]]:
-    """All evaluation texts, cut into windows; and why any was skipped, where that is allowed.
+    """Cut all evaluation texts into windows of `length` tokens.
+
+    Returns:
+        The windows by the text's name; and for each text that was skipped the reason, in a sentence.
 
     Raises:
-        InputError: as `cut_windows` does.
+        MissingData: a data set is missing, and `evaluation.skip_missing` is off.
+        InputError: as for `cut_windows`.
     """
     windows, skipped = {}, {}
     for name, text in evaluation.texts.items():
@@ -104,16 +113,21 @@ def cut_windows(
     """Tokenize one evaluation text and cut it into windows of `length` tokens.
 
     Raises:
-        InputError: the data set cannot be had, or is shorter than one window.
+        MissingData: the data set is missing.
+        InputError: the data set is damaged, the tokenizer cannot read it, or it is shorter than one window.
     """
     rows = text.dataset.rows(data_root)
     protocol = text.protocol
     if text.max_documents is not None:
         if len(rows) < text.max_documents:
-            protocol += f" ({len(rows)} documents)"  # a sample of the data set: not the published protocol
+            protocol += (
+                f" ({len(rows)} documents)"  # fewer documents than published: not comparable under the bare name
+            )
         rows = rows[: text.max_documents]
+    # Joined first, then tokenized, as in GPTQ's code: a tokenizer may merge characters across the join, and it adds a BOS
+    # token once, not once per document.
     ids = encode(tokenizer, text.join.join(rows))
-    count = len(ids) // length
+    count = len(ids) // length  # the tail is dropped: a shorter window would predict its tokens from less context
     if count == 0:
         raise InputError(
             f"the text {name} has {len(ids)} tokens, fewer than one window of {length}: lower model.sequence_length or take "

@@ -1,4 +1,7 @@
-"""Load zero-shot tasks as lm-eval defines them, before anything is spent on the run that measures them."""
+"""Load zero-shot tasks as lm-eval defines them, in preflight.
+
+What is here because of lm-eval 0.4.13 says so; each such place needs a look when its version changes.
+"""
 
 import difflib
 import io
@@ -20,12 +23,18 @@ from runners.data.task_rows import BUNDLED, TASKS, task_file
 from runners.errors import InputError, MissingData
 from runners.hub import hub_answers, why_not
 
-PYTHON_SEED, NUMPY_SEED, FEWSHOT_SEED = 0, 1234, 1234  # lm-eval's
+# The defaults of lm-eval's `simple_evaluate`, which is not used here: it would build a task manager of all its tasks.
+PYTHON_SEED, NUMPY_SEED, FEWSHOT_SEED = 0, 1234, 1234
 
 
 @dataclass(frozen=True)
 class ReadyTask:
-    """A task whose data are at hand, as lm-eval loads it: the task, or the members of a group of that name."""
+    """A task with its data, as lm-eval loads it.
+
+    Attributes:
+        name: of a task, or of a group or tag of tasks.
+        loaded: what lm-eval's `evaluate` takes: a dictionary whose `tasks` holds the task, or the members of the group.
+    """
 
     name: str
     loaded: Any
@@ -36,13 +45,14 @@ def prepare_tasks(names: Sequence[str], data_root: str | None) -> tuple[list[Rea
 
     Args:
         names: of the papers' tasks, the bundled one, or any task, tag or group of lm-eval.
-        data_root: where the papers' tasks lie, as `lm_eval/<task>.jsonl`; None: on the hub, where all others are.
+        data_root: folder with the rows of the papers' tasks, as `lm_eval/<task>.jsonl`; None: they are on the hub, as those
+            of all other tasks always are.
 
     Returns:
-        The tasks, and for each one whose data set cannot be had the reason, in a sentence.
+        The tasks, and for each one whose data set is missing the reason, in a sentence.
 
     Raises:
-        InputError: there is no task of that name, its data are damaged, or it takes what is not here.
+        InputError: no task has that name, its data are damaged, it needs a package that is not installed, or it runs code.
     """
     ready, skipped = [], {}
     for name in names:
@@ -55,19 +65,29 @@ def prepare_tasks(names: Sequence[str], data_root: str | None) -> tuple[list[Rea
 
 
 def _load(name: str, data_root: str | None) -> Any:
-    random.seed(PYTHON_SEED)  # some tasks shuffle their choices when they are loaded
+    # Before every task, not once: some tasks shuffle their choices when they are loaded, and the prompts of a task must not
+    # depend on which tasks were loaded before it.
+    random.seed(PYTHON_SEED)
     np.random.seed(NUMPY_SEED)
     loaded = _load_own(name, data_root) if name == BUNDLED or name in TASKS else _load_any(name)
     for task in loaded["tasks"].values():
         _refuse_code(name, task)
-        if task.get_config("num_fewshot") is None:
+        if (
+            task.get_config("num_fewshot") is None
+        ):  # as `simple_evaluate` does; a task that says otherwise keeps its shots
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return loaded
 
 
 def _refuse_code(name: str, task: Any) -> None:
-    """Neither the model's code nor the hub's is run."""
+    """Refuse a task that would run code of the model or of the hub, or that gives the model more than text.
+
+    Raises:
+        InputError: the task does one of these.
+    """
+    # A metric that lm-eval does not define is loaded from the hub as code. `_load_any` has forbidden that, so its function
+    # is None here (0.4.13). A task with its own `process_results` does not use the list.
     metrics = getattr(task, "_metric_fn_list", {}) if task.get_config("process_results") is None else {}
     reasons = {
         "runs code that the model writes": getattr(task, "UNSAFE_CODE", False),
@@ -82,6 +102,8 @@ def _refuse_code(name: str, task: Any) -> None:
 def _load_own(name: str, data_root: str | None) -> Any:
     from lm_eval.tasks import TaskManager
 
+    # A file, because lm-eval 0.4.13 refuses a dictionary that overrides a task of its own. Without its defaults, because
+    # reading all its tasks takes 6 to 8 seconds.
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, f"{name}.yaml").write_text(_definition(name, data_root), encoding="utf-8")
         manager = TaskManager(include_path=folder, include_defaults=False)
@@ -91,20 +113,23 @@ def _load_own(name: str, data_root: str | None) -> Any:
 
 
 def _definition(name: str, data_root: str | None) -> str:
-    """A task's file for lm-eval, which includes the one of its own; JSON is YAML, and keeps any path whole."""
+    """Text of a task's YAML file: it includes lm-eval's own definition, and takes the rows from here where they are local.
+
+    Prompts, choices and metrics stay lm-eval's. Values are written as JSON, which is YAML too and quotes any path safely.
+    """
     import lm_eval.tasks
 
     model = TASKS["lambada_openai"] if name == BUNDLED else TASKS[name]
     file = Path(lm_eval.tasks.__file__).parent / model.definition
     definition: dict[str, Any] = {"include": str(file), "task": name}
     function = None
-    if name == BUNDLED:
+    if name == BUNDLED:  # not a member of the tag `lambada`, and with a version of its own
         definition |= {"tag": None, "metadata": {"version": 1.0}}
         function = "rows_of_library"
     elif data_root is not None:
         definition["dataset_kwargs"] = {"name": name, "file": str(task_file(name, data_root))}
         function = "rows_of_file"
-    if function is not None:
+    if function is not None:  # only the split that is measured on: the others of the definition are not at hand
         splits = dict.fromkeys(("training_split", "validation_split", "test_split"))
         definition |= splits | {f"{model.split}_split": model.split, "dataset_path": "json", "dataset_name": None}
     lines = [f"{key}: {json.dumps(value)}" for key, value in definition.items()]
@@ -131,19 +156,21 @@ def _load_any(name: str) -> Any:
 
 @lru_cache(maxsize=1)
 def _all_tasks() -> Any:
-    """Some 15,000 names: it takes seconds to read them."""
+    """lm-eval's manager of all its tasks, kept because reading some 15,000 names takes 6 to 8 seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def _from_hub(manager: Any, name: str, remedy: str) -> Any:
-    hub_answers()  # if not, what is cached
+    hub_answers()  # for its effect: without an answer, the hub's client takes what is cached instead of retrying for minutes
     try:
         return manager.load([name])
     except ImportError as error:
         raise InputError(f"the task {name} needs a package that is not installed ({error}): install it") from error
-    except Exception as error:  # the hub's client has some twenty ways to say no
+    except (
+        Exception
+    ) as error:  # the hub's client raises many unrelated classes: of its own, of HTTP, of the file system
         defined = (manager.task_index[name].cfg or {}).get("dataset_path", "several data sets")
         dataset = TASKS[name].dataset if name in TASKS else defined
         raise MissingData(
@@ -154,13 +181,17 @@ def _from_hub(manager: Any, name: str, remedy: str) -> Any:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Keep lm-eval quiet: it speaks on both channels, with bars of its own."""
+    """Silence lm-eval (0.4.13), which logs, prints and draws progress bars of its own, and keep it to this process.
+
+    Everything that it changes is restored at the end: logging level, progress bars, environment.
+    """
     import datasets
 
     logger, level = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level
     bars = datasets.utils.are_progress_bars_disabled()
     processes = os.environ.get("DISABLE_MULTIPROC")
-    os.environ["DISABLE_MULTIPROC"] = "1"  # its bootstrap would fork this process, with the model and its threads
+    # Its bootstrap would fork this process, which holds the model and threads: that doubles memory, or hangs.
+    os.environ["DISABLE_MULTIPROC"] = "1"
     logger.setLevel(logging.CRITICAL)
     datasets.utils.disable_progress_bars()
     try:

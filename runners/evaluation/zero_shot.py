@@ -1,10 +1,8 @@
-"""Zero-shot accuracy through lm-eval (https://github.com/EleutherAI/lm-evaluation-harness), the model in memory.
+"""Zero-shot accuracy through lm-eval (https://github.com/EleutherAI/lm-evaluation-harness), with the whole model in memory.
 
-Tasks are lm-eval's own: their prompts, choices and metrics. Each is measured in a call of its own, and without lm-eval's
-cache of logits, which gives requests that share tokens, but are cut at different places, the likelihoods of each other
-(0.4.13); so a number does not depend on what else is measured. Log-probabilities are taken in float32 whatever
-the model's format, because the accuracies of near ties would depend on its rounding. The hash of all prompts is stored with
-the numbers: only those of the same prompts may be compared.
+Prompts, choices and metrics of the tasks are lm-eval's. Each task is measured in a call of its own, so its number does not
+depend on which other tasks are measured. The hash of all prompts is stored with the numbers: only numbers of the same
+prompts may be compared.
 """
 
 import json
@@ -24,7 +22,9 @@ from runners.models.checkpoint import Checkpoint, Model, load
 from runners.quantization.finished_blocks import FinishedBlocks
 from runners.results.metrics import skipped, zero_shot
 
-RESAMPLES = 1000  # of the bootstrap, for the standard errors that have no closed form: perplexities
+# Of the bootstrap, for standard errors without a closed form (perplexities). lm-eval's default of 100,000 takes 2 seconds
+# per task; with 1,000 the standard error is itself uncertain by 2 % (1 / sqrt(2 * 1000)), enough for what tables show.
+RESAMPLES = 1000
 
 
 def measure_tasks(
@@ -39,16 +39,18 @@ def measure_tasks(
     """Measure a model on tasks.
 
     Args:
-        length: tokens of the longest sequence that the model takes; of a longer prompt the end is kept.
-        batch_size: how many sequences of that length go through the model at once; of shorter ones more do.
-        limit: take only the first so many questions of each task.
+        model: a causal language model of transformers.
+        length: tokens of the longest sequence that the model takes; of a longer prompt the last ones are kept.
+        batch_size: sequences of that length that go through the model at once; of shorter ones more do.
+        limit: ask only the first questions of each task, this many; None: all.
 
     Returns:
-        `zero_shot/<task>/<metric>` and `<metric>_stderr`, and of each task `samples`, `version` and `sha256`.
+        `zero_shot/<task>/<metric>` and `<metric>_stderr`, for each task also `samples`, `version` and `sha256`; or
+        `skipped/<task>` with a reason where the model's likelihoods are not finite.
     """
     if not tasks:
         return {}
-    from lm_eval import evaluate
+    from lm_eval import evaluate  # here and below, because importing lm-eval takes 3 seconds
 
     from runners.evaluation.lm_eval_model import LmEvalModel
 
@@ -73,7 +75,7 @@ def measure_tasks(
 
 
 def whole_model(checkpoint: Checkpoint, model: Model, device: torch.device, blocks: FinishedBlocks | None) -> Any:
-    """The model in memory as a whole, with the weights of its quantized `blocks` where there are any.
+    """The whole model in memory, because lm-eval calls it as a whole; with quantized weights if `blocks` is not None.
 
     Raises:
         InputError: as for `open_model`.
@@ -86,7 +88,11 @@ def whole_model(checkpoint: Checkpoint, model: Model, device: torch.device, bloc
 
 
 def prompts_hash(task: Any) -> str:
-    """A hash of all that a task has asked: contexts and continuations, in order."""
+    """Hash of all requests of a task, in order: contexts and continuations, or what else its kind of request has.
+
+    Returns:
+        The first 16 hexadecimal digits of SHA-256. A value that JSON cannot write enters as its text.
+    """
     digest = sha256()
     for request in task.instances:
         digest.update(json.dumps(request.args, default=str).encode())
@@ -94,7 +100,11 @@ def prompts_hash(task: Any) -> str:
 
 
 def _numbers(task: str, values: dict[str, Any]) -> dict[str, Any]:
-    """lm-eval's `acc,none` and `acc_stderr,none` as metrics of ours; it gives a text where there is no standard error."""
+    """lm-eval's results of one task under the keys of this project.
+
+    `acc,none` becomes `acc` and `acc_stderr,none` becomes `acc_stderr`; another filter than `none` becomes part of the
+    name. Texts are left out: lm-eval writes "N/A" for a standard error that does not exist, and the task's name.
+    """
     numbers: dict[str, Any] = {}
     for key, value in values.items():
         metric, comma, chosen = key.partition(",")
@@ -106,17 +116,19 @@ def _numbers(task: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _not_finite(task: ReadyTask) -> int:
-    """How many log-likelihoods are NaN or infinite. lm-eval would take the first choice and report an accuracy."""
+    """How many log-likelihoods are NaN or infinite: of these lm-eval would take the first choice, and report an accuracy."""
     requests = (request for one in task.loaded["tasks"].values() for request in one.instances)
     answers = (answer[0] if isinstance(answer, tuple) else answer for request in requests for answer in request.resps)
     return sum(isinstance(answer, float) and not math.isfinite(answer) for answer in answers)
 
 
 def _version(task: Any, version: Any) -> str:
-    """The version of a task's definition, with what deviates from its name."""
+    """The version of a task's definition, followed by any deviation from what its name promises."""
     answer = str(version)
     if shots := task.get_config("num_fewshot"):
-        answer += f" ({shots} shots)"  # as its definition has it: not zero-shot
+        answer += f" ({shots} shots)"  # the definition of the task asks for them: not zero-shot
     if task.config.task == "hellaswag" and not any(task.dataset["validation"]["ctx_b"]):
-        answer += " (contexts not split)"  # the hub has their last part apart, to begin with a capital in the prompt
+        # The hub has the last part of a context in a column of its own (ctx_b), which lm-eval begins with a capital letter.
+        # In copies of the data set without that column's content, the prompts differ from the published ones.
+        answer += " (contexts not split)"
     return answer

@@ -1,4 +1,4 @@
-"""Decoder blocks and their linear layers. No family of models is known by name: blocks are found by their class."""
+"""Decoder blocks and their linear layers. No family of models is known by name."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -36,19 +36,14 @@ class LinearLayer:
 
 
 def decoder_blocks(model: Any) -> nn.ModuleList:
-    """The decoder blocks of a causal language model: its one list of as many modules as config.json has layers.
+    """The decoder blocks of a causal language model: the one list of modules with linear layers in its decoder.
 
     Raises:
-        InputError: there is no such list, or its blocks hold matrices that are not in linear layers.
+        InputError: there is no such list or more than one, or its blocks hold matrices that are not in linear layers.
     """
-    count = model.config.get_text_config().num_hidden_layers
-    names = set(model._no_split_modules or ())  # classes that transformers never divides among devices: blocks
-    for module in model.modules():
-        is_list = isinstance(module, nn.ModuleList) and len(module) == count
-        if is_list and all(type(block).__name__ in names for block in module):
-            _refuse_hidden_matrices(model, module[0])
-            return module
-    raise InputError(f"{type(model).__name__} has no list of {count} decoder blocks: it is not a supported decoder")
+    blocks = _list_of_blocks(model)
+    _refuse_hidden_matrices(model, blocks[0])
+    return blocks
 
 
 def linear_layers(block: nn.Module) -> dict[str, LinearLayer]:
@@ -62,6 +57,32 @@ def replace_weights(block: nn.Module, quantized: dict[str, QuantizedLayer]) -> N
     layers = linear_layers(block)
     for name, layer in quantized.items():
         layers[name].replace(layer.weight)
+
+
+def _list_of_blocks(model: Any) -> nn.ModuleList:
+    """The list whose modules all hold linear layers; of several the one that is as long as config.json has layers."""
+    lists = _outermost_lists(model.get_decoder()) or _outermost_lists(model)  # the decoder has no tower of another kind
+    if len(lists) > 1:
+        count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        lists = {name: blocks for name, blocks in lists.items() if len(blocks) == count} or lists
+    if not lists:
+        raise InputError(f"{type(model).__name__} has no list of decoder blocks: it is not a supported decoder")
+    if len(lists) > 1:
+        raise InputError(
+            f"{type(model).__name__} keeps linear layers in several lists of modules ({', '.join(lists)}), none of which is "
+            "all of its decoder blocks: this architecture is not supported"
+        )
+    return next(iter(lists.values()))
+
+
+def _outermost_lists(root: nn.Module) -> dict[str, nn.ModuleList]:
+    """Name to list of modules with linear layers each, in no other such list (as a block's experts are)."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in root.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in found)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside and all(map(linear_layers, module)):
+            found[name] = module
+    return found
 
 
 def _refuse_hidden_matrices(model: nn.Module, block: nn.Module) -> None:

@@ -17,15 +17,15 @@ from runners.storage.files import write
 
 CARD = """# The bundled model
 
-{parameters:.1f} M parameters of OPT's architecture: {layers} layers of width {width}, {heads} heads, context {context}, a
-byte-level BPE of {vocabulary:,} entries of its own, stored in bfloat16. It exists so that quantization methods can be
-compared on a really trained model where there is no model hub; it has no other use.
+{parameters:.1f} M parameters of OPT's architecture: {layers} decoder blocks of width {width}, {heads} heads, context
+{context}, a byte-level BPE of {vocabulary:,} entries of its own, stored in bfloat16. It exists so that quantization methods
+can be compared on a trained model without a model hub; it has no other use.
 
 **Training.** `python -m runners.pretrain` with the settings of `conf/pretrain.yaml`: {steps:,} steps of {batch} sequences,
 {tokens:.0f} M tokens, in {seconds:,} seconds on {device}. `training.csv` holds loss and validation perplexity along the way.
 
 **Text.** What Python {python} carries: the language reference (`pydoc_data.topics`), and the docstrings and the source of
-the standard library, whose licence is the PSF's. A hash of each document's name puts it into one of four parts: 80 % to
+the standard library, under the PSF's license. A hash of each document's name puts it into one of four parts: 80 % to
 train on (with the test suites), 2 % to watch the training with, 8 % to calibrate on and 10 % to evaluate on
 (`runners/data/stdlib.py`).
 

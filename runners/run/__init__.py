@@ -1,1 +1,1 @@
-"""One run from preflight to its results, and what its numbers depend on."""
+"""One run, from preflight to its metrics, and the keys of everything that its numbers depend on."""

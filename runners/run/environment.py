@@ -1,4 +1,4 @@
-"""What a number may depend on beside the settings: code, libraries and machine."""
+"""What a number may depend on besides the settings: code, libraries and machine."""
 
 import importlib.metadata
 import os
@@ -27,7 +27,7 @@ PACKAGES = (
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a number may depend on beside the settings: code, libraries, machine."""
+    """Commit, versions of libraries, and the machine, for `environment.json`."""
     return {
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
@@ -43,7 +43,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of the libraries that a number may depend on; None: not installed."""
+    """The versions of the libraries that a number may depend on; None: not installed."""
     return {name: _version(name) for name in PACKAGES}
 
 
@@ -53,7 +53,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """The answer of git about the project's checkout; None where it is not one."""
+    """The output of a git command in the project's checkout; None where there is no git or no checkout."""
     try:
         answer = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

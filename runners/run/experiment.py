@@ -1,4 +1,4 @@
-"""One run: preflight, calibration, quantization, evaluation, results. And the unquantized run it is compared with."""
+"""One run, from preflight to its metrics on disk, and the unquantized run that it is compared with."""
 
 import logging
 import traceback
@@ -11,13 +11,13 @@ from runners.config.settings import Settings
 from runners.errors import InputError
 from runners.quantization.finished_blocks import delete_finished_blocks
 from runners.results.layers import LayerRecord, refuse_warnings
-from runners.results.metrics import METRICS, MODEL_PATH
+from runners.results.metrics import CALIBRATION_INPUTS, METRICS, MODEL_PATH, Reason, Status, bits_words, group_words
 from runners.results.progress import Progress, owner_words, read_progress, remove_progress
 from runners.results.run_folder import RunFolder
-from runners.run.preflight import Inputs, preflight, run_environment
-from runners.run.stages import Work
+from runners.run.preflight import RunInputs, preflight, run_environment
+from runners.run.stages import Stages
 from runners.storage.files import check_writable
-from runners.tracking import Tracker, track
+from runners.tracking.tracker import RunTracker, track
 
 log = logging.getLogger(__name__)
 
@@ -25,114 +25,129 @@ INTERRUPTED = "interrupted {where}: the same command again goes on with it"
 
 
 def run_experiment(settings: Settings) -> list[dict[str, Any]]:
-    """Run what the settings ask for and, where it quantizes, the reference it is compared with.
+    """Run the cell of these settings and, if it quantizes, the reference that it is compared with.
+
+    The reference comes second, because a mistake in the settings should show at once, not after the reference's minutes.
 
     Returns:
-        Their rows, reference first: the metrics, and under `folder` and `tracker` where to find them.
+        The metrics of both, reference first, with `folder` and `tracker`: where to find them.
+
+    Raises:
+        InputError: as for `run_cell`.
     """
-    row = run_cell(settings)
-    if not settings.run.quantizes or row["status"] in ("failed", "running"):
-        return [row]
-    return [run_cell(settings.reference(), is_asked_for=False), row]
+    metrics = run_cell(settings)
+    if not settings.run.quantizes or metrics["status"] in (Status.FAILED, Status.RUNNING):
+        return [metrics]
+    return [run_cell(settings.reference(), is_asked_for=False), metrics]
 
 
 def run_cell(settings: Settings, is_asked_for: bool = True) -> dict[str, Any]:
-    """One cell of a study. Whatever happens in it becomes its row; only an interrupt gets out, after that.
+    """Run one cell of a study, unless its metrics are on disk.
 
-    Where another process works on the same cell, a row of status `running` comes back at once; a cell that is not
-    `is_asked_for`, but needed for a table, is waited for.
+    An exception becomes metrics with the status `failed`; only an interrupt is raised again, after its metrics are written.
+
+    Args:
+        is_asked_for: the user has named this cell. If another process works on it, metrics of the status `running` come back
+            at once. A reference that only the table needs is waited for.
 
     Raises:
-        InputError: the run's folder cannot be read or written, so there is nowhere to put a row.
+        InputError: the run's folder cannot be read or written, so there is no place for metrics.
     """
     folder = RunFolder(settings.folder)
     if (ended := folder.metrics_to_keep(settings.execution.force, settings.execution.retry_failed)) is not None:
-        return _on_disk(settings, ended, is_asked_for)
+        return _skip(settings, ended, is_asked_for)
     check_writable(folder.path)
     if not is_asked_for and folder.is_running():
         log.info("waiting for %s: %s works on it", settings.run_name, owner_words(read_progress(folder.path)))
-    with folder.lock(wait=not is_asked_for) as mine:
-        if not mine:
+    with folder.lock(wait=not is_asked_for) as is_mine:
+        if not is_mine:
             error = f"{owner_words(read_progress(folder.path))}, works on it"
-            return _labels(settings) | {"status": "running", "error": error, "folder": str(folder.path)}
-        if (
-            ended := folder.metrics_to_keep(settings.execution.force, settings.execution.retry_failed)
-        ) is not None:  # by who held it until now
-            return _on_disk(settings, ended, is_asked_for)
+            return _labels(settings) | {"status": Status.RUNNING.value, "error": error, "folder": str(folder.path)}
+        # Again, now under the lock: the process that held it until now may have ended the run.
+        if (ended := folder.metrics_to_keep(settings.execution.force, settings.execution.retry_failed)) is not None:
+            return _skip(settings, ended, is_asked_for)
         folder.clear_result()
         return _run(settings, folder)
 
 
-def _on_disk(settings: Settings, row: dict[str, Any], is_asked_for: bool) -> dict[str, Any]:
-    how = "failed before (retry_failed=true" if row["status"] == "failed" else "is already done (force=true"
+def _skip(settings: Settings, metrics: dict[str, Any], is_asked_for: bool) -> dict[str, Any]:
+    has_failed = metrics["status"] == Status.FAILED
+    how = "failed before (retry_failed=true" if has_failed else "is already done (force=true"
     level = logging.INFO if is_asked_for else logging.DEBUG
     log.log(level, "%s %s runs it again): %s", settings.run_name, how, settings.folder)
-    return row | {"folder": str(settings.folder), "tracker": None, "skipped": True}
+    return metrics | {"folder": str(settings.folder), "tracker": None, "skipped": True}
 
 
 def _run(settings: Settings, folder: RunFolder) -> dict[str, Any]:
-    state, interrupt = Progress(folder.path), None
+    """Run under the run's lock, and write what came of it.
+
+    The order at the end is what makes a kill at any moment harmless: the metrics are written first, then the finished blocks
+    are deleted, which a run without metrics would continue from, and at last the progress, the trace of an unrecorded death.
+    """
+    progress, interrupt = Progress(folder.path), None
     with track(settings, folder.path) as tracker:
         try:
-            with state.follow_bars():
-                metrics = _measure(settings, folder, state, tracker)
+            with progress.follow_bars():
+                metrics = _measure(settings, folder, progress, tracker)
         except Exception as error:
-            metrics = _failure(error, state)
-        except KeyboardInterrupt as error:
-            interrupt = error
-            metrics = failure_metrics(settings, "interrupted", state.stage, INTERRUPTED.format(where=state.words()))
+            metrics = _failure(error, progress)
+        except KeyboardInterrupt as raised:  # held back until everything is written
+            interrupt = raised
+            error = INTERRUPTED.format(where=progress.words())
+            metrics = failure_metrics(settings, Reason.INTERRUPTED, progress.stage, error)
         metrics = _labels(settings) | metrics
-        tracker.finish(metrics, state.records)
+        tracker.finish(metrics, progress.records)
     folder.write_json(METRICS, metrics)
-    if metrics["status"] == "done" and not settings.execution.keep_checkpoint:
-        delete_finished_blocks(folder.path)  # not before the row is there: who is killed in between has lost nothing
+    if metrics["status"] == Status.DONE and not settings.execution.keep_checkpoint:
+        delete_finished_blocks(folder.path)
     remove_progress(folder.path)
     if interrupt is not None:
         raise interrupt
     return metrics | {"folder": str(folder.path), "tracker": tracker.where}
 
 
-def _measure(settings: Settings, folder: RunFolder, state: Progress, tracker: Tracker) -> dict[str, Any]:
-    state.stage = "preflight"
+def _measure(settings: Settings, folder: RunFolder, progress: Progress, tracker: RunTracker) -> dict[str, Any]:
+    """Go through the stages of a run; writes every file of its folder but the metrics, which are returned."""
+    progress.stage = "preflight"
     folder.write_config(settings.resolved())
     inputs = preflight(settings)
     folder.write_json("environment.json", run_environment(inputs))
     log.info("%s", _headline(settings, inputs))
-    state.stage = "load"
+    progress.stage = "load"
     torch.manual_seed(settings.run.seed)
-    work = Work.begin(settings, inputs, folder.path)
-    state.stage = "quantize"
+    stages = Stages.open(settings, inputs, folder.path)
+    progress.stage = "quantize"
 
-    def report(record: LayerRecord) -> None:
-        state.records.append(record)
+    def on_layer(record: LayerRecord) -> None:
+        progress.records.append(record)
         tracker.layer(record)
-        if settings.run.warnings == "error":
+        if settings.run.warnings == "error":  # after the record is kept: it is the one to look at
             refuse_warnings(record)
 
-    metrics: dict[str, Any] = {"status": "done", "parameters": inputs.checkpoint.parameters}
+    metrics: dict[str, Any] = {"status": Status.DONE.value, "parameters": inputs.checkpoint.parameters}
     try:
-        metrics |= work.quantize(report)
+        metrics |= stages.quantize(on_layer)
     finally:
-        if state.records:  # of a run that fails, too: its last rows say how far it came
-            folder.write_layers(state.records)
-    state.stage = "evaluate"
-    evaluated, windows = work.evaluate()
+        if progress.records:  # also of a run that fails: the last rows show how far it came
+            folder.write_layers(progress.records)
+    progress.stage = "evaluate"
+    evaluated, windows = stages.evaluate()
     folder.write_windows(windows)
-    state.stage = "zero-shot"
-    return metrics | evaluated | work.zero_shot() | work.recorded()
+    progress.stage = "zero-shot"
+    return metrics | evaluated | stages.zero_shot() | stages.resources()
 
 
-def _headline(settings: Settings, inputs: Inputs) -> str:
+def _headline(settings: Settings, inputs: RunInputs) -> str:
     what = "measuring the unquantized model"
     if settings.run.quantizes:
-        columns = "per-channel" if settings.run.group_size is None else f"in groups of {settings.run.group_size}"
-        what = f"quantizing to {settings.run.bits} bits, {columns}, with {settings.run.method.name}"
+        grid = f"{bits_words(settings.run.bits)}, {group_words(settings.run.group_size)}"
+        what = f"quantizing to {grid}, with {settings.run.method.name}"
     size = f"{inputs.checkpoint.parameters / 1e6:,.1f} M parameters"
     return f"{settings.run.model.name} ({type(inputs.checkpoint.skeleton).__name__}, {size}) on {inputs.device}: {what}"
 
 
 def _labels(settings: Settings) -> dict[str, Any]:
-    """What a table needs to know about a run, beside its numbers."""
+    """The labels of a run in its metrics: what tables and figures need besides the numbers."""
     labels: dict[str, Any] = {
         "method": settings.run.method.name,
         "model": settings.run.model.name,
@@ -144,24 +159,25 @@ def _labels(settings: Settings) -> dict[str, Any]:
     if settings.run.quantizes:
         names = ("bits", "group_size", "symmetric", "grid_range", "act_order", "seed")
         labels |= {name: getattr(settings.run, name) for name in names}
-        labels |= {"calibration": settings.run.calibration.name, "calibration_inputs": settings.run.calibration.inputs}
+        labels |= {"calibration": settings.run.calibration.name, CALIBRATION_INPUTS: settings.run.calibration.inputs}
     return labels
 
 
-def _failure(error: Exception, state: Progress) -> dict[str, Any]:
+def _failure(error: Exception, progress: Progress) -> dict[str, Any]:
+    status: dict[str, Any] = {"status": Status.FAILED.value, "reason": Reason.EXCEPTION.value}
     if isinstance(error, Unsupported):
-        status: dict[str, Any] = {"status": "unsupported"}
-    else:
-        status = {"status": "failed", "reason": "exception"}
-    if not isinstance(error, Unsupported | InputError):
+        status = {"status": Status.UNSUPPORTED.value}
+    is_a_sentence = isinstance(error, Unsupported | InputError)
+    if not is_a_sentence:
         log.debug("", exc_info=error)
     return status | {
-        "stage": state.stage,
-        "error": str(error) if isinstance(error, Unsupported | InputError) else f"{type(error).__name__}: {error}",
+        "stage": progress.stage,
+        "error": str(error) if is_a_sentence else f"{type(error).__name__}: {error}",
         "traceback": "".join(traceback.format_exception(error)),
     }
 
 
-def failure_metrics(settings: Settings, reason: str, stage: str, error: str) -> dict[str, Any]:
-    """The row of a run that cannot write its own, because its process is gone."""
-    return _labels(settings) | {"status": "failed", "reason": reason, "stage": stage, "error": error}
+def failure_metrics(settings: Settings, reason: Reason, stage: str, error: str) -> dict[str, Any]:
+    """The metrics of a run that has not come to its end: it was interrupted, or its process is gone."""
+    failure = {"status": Status.FAILED.value, "reason": reason.value, "stage": stage, "error": error}
+    return _labels(settings) | failure

@@ -1,4 +1,4 @@
-"""What a number, or a part of it that is kept for later, depends on."""
+"""The keys of cached activations, cached statistics and finished blocks: everything that their values depend on."""
 
 import platform
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 from runners.config.settings import Settings
 from runners.data.token_ids import ids_hash
 from runners.run.environment import device_name, versions
-from runners.run.preflight import Inputs
+from runners.run.preflight import RunInputs
 from runners.storage.fingerprint import checkpoint_fingerprint, code_fingerprint
 
-OF_ACTIVATIONS = (  # the code that makes them
+OF_ACTIVATIONS = (  # the modules that compute activations and Hessians; a change in one of them makes the cache stale
     "runners/models/blocks.py",
     "runners/models/bypass.py",
     "runners/models/host_memory.py",
@@ -24,8 +24,11 @@ OF_ACTIVATIONS = (  # the code that makes them
 )
 
 
-def model_key(settings: Settings, inputs: Inputs) -> dict[str, Any]:
-    """What the activations of the unquantized model depend on, beside the tokens."""
+def model_key(settings: Settings, inputs: RunInputs) -> dict[str, Any]:
+    """What the activations of the unquantized model depend on, except the tokens.
+
+    `batch_size` and the device are part of it because they change the order of floating-point sums, and so the last digits.
+    """
     return {
         "model": checkpoint_fingerprint(inputs.checkpoint.folder),
         "dtype": settings.run.model.dtype,
@@ -36,15 +39,18 @@ def model_key(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def statistics_key(settings: Settings, inputs: Inputs) -> dict[str, Any]:
+def statistics_key(settings: Settings, inputs: RunInputs) -> dict[str, Any]:
     """What calibration on the unquantized model depends on."""
     sequences = inputs.sequences
     held_out = None if sequences is None or sequences.held_out is None else ids_hash(sequences.held_out)
     return model_key(settings, inputs) | {"ids": None if sequences is None else sequences.sha256, "held_out": held_out}
 
 
-def resume_identity(settings: Settings, inputs: Inputs) -> dict[str, Any]:
-    """What must be the same for an unfinished run to go on; each name stands in the sentence that refuses."""
+def resume_identity(settings: Settings, inputs: RunInputs) -> dict[str, Any]:
+    """What must be the same for finished blocks to be used again. The error that refuses them names the key that differs.
+
+    It is stricter than the cache: any change of the code counts, because a run must not mix blocks of two versions.
+    """
     key = statistics_key(settings, inputs)
     return {
         "configuration": settings.identity(),

@@ -1,4 +1,4 @@
-"""What is checked, and fetched, before weights are loaded: everything that can be wrong is wrong here, in seconds."""
+"""Everything that can be checked and fetched before weights are loaded, so that mistakes show within seconds."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +14,16 @@ from runners.evaluation.tasks import ReadyTask, prepare_tasks
 from runners.models.checkpoint import Checkpoint, check_divisibility, load_tokenizer, open_checkpoint
 from runners.run.environment import environment
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}  # that go through at once: what the caches hold, what keeps it busy
-BLOCK_SHARE = 0.2  # of the GPU's memory that a batch may take inside a block
-BLOCK_WIDTHS = 16  # that it takes, times the width of the model, a token: the block's inner activations
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}  # in a batch: what a CPU's caches hold, what keeps a GPU busy
+BLOCK_SHARE = (
+    0.2  # of the GPU's memory, for the activations inside a decoder block; the rest is for weights and Hessians
+)
+BLOCK_WIDTHS = 16  # floats per token inside a decoder block, in units of the model's width (an MLP alone has 4 to 8)
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Everything that preflight has found to be in order."""
+class RunInputs:
+    """The inputs of a run, which preflight has found to be in order."""
 
     checkpoint: Checkpoint
     tokenizer: PreTrainedTokenizerBase
@@ -29,11 +31,11 @@ class Inputs:
     sequences: Sequences | None  # the calibration data
     windows: dict[str, Windows]
     tasks: list[ReadyTask]
-    skipped: dict[str, str]  # texts and tasks whose data set cannot be had, and why
-    batch_size: int  # sequences that are held, and go through the model, together
+    skipped: dict[str, str]  # texts and tasks whose data set is not available, with the reason
+    batch_size: int  # sequences that go through the model together
 
 
-def preflight(settings: Settings) -> Inputs:
+def preflight(settings: Settings) -> RunInputs:
     """Check whatever can be checked before weights are loaded.
 
     Raises:
@@ -43,7 +45,7 @@ def preflight(settings: Settings) -> Inputs:
         device = torch.device(settings.execution.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # kernels are launched on the current one
+            torch.cuda.set_device(device)  # Triton launches its kernels on the current device, not on that of a tensor
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device={settings.execution.device} cannot be used: {str(error).splitlines()[0]}") from error
     checkpoint = open_checkpoint(settings.run.model)
@@ -61,7 +63,7 @@ def preflight(settings: Settings) -> Inputs:
     tokens = [text.ids for text in windows.values()] + ([] if sequences is None else sequences.all)
     _check_vocabulary(max((int(ids.max()) for ids in tokens), default=0), checkpoint)
     batch_size = settings.execution.batch_size or _batch_size(checkpoint, device)
-    return Inputs(checkpoint, tokenizer, device, sequences, windows, tasks, skipped | missing, batch_size)
+    return RunInputs(checkpoint, tokenizer, device, sequences, windows, tasks, skipped | missing, batch_size)
 
 
 def _check_vocabulary(largest: int, checkpoint: Checkpoint) -> None:
@@ -74,16 +76,17 @@ def _check_vocabulary(largest: int, checkpoint: Checkpoint) -> None:
 
 
 def _batch_size(checkpoint: Checkpoint, device: torch.device) -> int:
-    """Sequences that keep the device busy and fit into it."""
+    """The number of sequences that keep the device busy and fit into its memory."""
     tokens: float = BATCH_TOKENS.get(device.type, 2048)
-    if device.type == "cuda":  # all of its memory, not what is free: a run must find the same size again
+    if device.type == "cuda":
+        # Of all memory, not of what is free: the batch size changes last digits, so a resumed run must find the same one.
         _, whole = torch.cuda.mem_get_info(device)
         tokens = min(tokens, BLOCK_SHARE * whole / (BLOCK_WIDTHS * checkpoint.config.get_text_config().hidden_size * 4))
     return max(1, int(tokens / checkpoint.sequence_length))
 
 
-def run_environment(inputs: Inputs) -> dict[str, Any]:
-    """What `environment.json` says of a run: the machine and its libraries, the model, the tokens."""
+def run_environment(inputs: RunInputs) -> dict[str, Any]:
+    """The content of `environment.json`: the machine and its libraries, the model's revision, the hashes of the tokens."""
     texts = {
         name: {"sha256": windows.sha256, "tokens": windows.tokens, "windows": list(windows.ids.shape)}
         for name, windows in inputs.windows.items()

@@ -1,6 +1,6 @@
-"""The stages of a run after its preflight: quantize, evaluate, zero-shot. Each gives what `metrics.json` says of it."""
+"""The stages of a run after its preflight: quantize, evaluate, zero-shot. Each returns its part of `metrics.json`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -11,6 +11,7 @@ import torch
 from runners.config.settings import Settings
 from runners.console import progress
 from runners.data.calibration import Sequences
+from runners.data.windows import Windows
 from runners.evaluation.blockwise import BlockwiseEvaluation, ReferenceCache
 from runners.evaluation.likelihood import perplexity
 from runners.evaluation.zero_shot import measure_tasks, whole_model
@@ -22,34 +23,39 @@ from runners.quantization.calibration_modes import CalibrationMode, FullPrecisio
 from runners.quantization.finished_blocks import FinishedBlocks, delete_finished_blocks
 from runners.quantization.input_statistics import StatisticsCache
 from runners.quantization.layerwise import Quantization
+from runners.results import metrics
 from runners.results.layers import LayerRecord, summarize_layers
 from runners.run.keys import model_key, resume_identity, statistics_key
-from runners.run.preflight import Inputs
+from runners.run.preflight import RunInputs
 from runners.storage.cache import Cache
 from runners.timing import Meter, Phases
 
 Metrics = dict[str, Any]
-Windows = dict[str, dict[str, list[float]]]  # text to measure to a value a window
+Measures = dict[str, dict[str, list[float]]]  # by text and measure, one value per window
 
 
 @dataclass(frozen=True)
-class Work:
-    """What the stages of one run share.
+class Stages:
+    """The stages of one run, and what they share.
 
     Attributes:
-        blocks: the finished blocks; None: the run does not quantize.
+        source: the decoder blocks of the model, one at a time.
+        blocks: the finished blocks on disk; None: the run does not quantize.
+        cache: tensors that other runs have computed.
+        memory: the batch size, and what was done when memory ran out; one for all stages, so that a later one starts with
+            what an earlier one has learned.
     """
 
     settings: Settings
-    inputs: Inputs
+    inputs: RunInputs
     source: BlockSource
     blocks: FinishedBlocks | None
     cache: Cache
     memory: Memory = field(default_factory=Memory)
 
     @classmethod
-    def begin(cls, settings: Settings, inputs: Inputs, folder: Path) -> "Work":
-        """Open the model; with `force`, forget the blocks that an earlier run has finished."""
+    def open(cls, settings: Settings, inputs: RunInputs, folder: Path) -> "Stages":
+        """Open the model; with `force`, delete the blocks that an earlier run has finished."""
         source = open_model(inputs.checkpoint, settings.run.model, inputs.device)
         if settings.execution.force:
             delete_finished_blocks(folder)
@@ -58,12 +64,15 @@ class Work:
         cache = Cache(None if execution.cache is None else Path(execution.cache), execution.cache_gb)
         return cls(settings, inputs, source, blocks, cache)
 
-    def quantize(self, report: Callable[[LayerRecord], None]) -> Metrics:
-        """Quantize what is not finished; `report` is told of every layer."""
+    def quantize(self, on_layer: Callable[[LayerRecord], None]) -> Metrics:
+        """Quantize the blocks that are not finished; a run that does not quantize has no error and takes no time.
+
+        Args:
+            on_layer: called with the record of every layer, also of those in finished blocks.
+        """
         sequences, stored_bits = self.inputs.sequences, self.inputs.checkpoint.stored_bits
         if sequences is None or self.blocks is None:
-            nothing = ("layers/mean_relative_error", "quantize/seconds", "quantize/peak_memory_gb", "outlier_ratio")
-            return dict.fromkeys(nothing, 0.0) | {"bits_per_weight": stored_bits, "bits_per_parameter": stored_bits}
+            return _unquantized(stored_bits)
         phases = Phases(self.inputs.device)
         quantization = Quantization(
             self._calibration_mode(sequences, phases),
@@ -78,17 +87,18 @@ class Work:
             progress("calibrating", sum(map(len, map(linear_layers, blocks)))) as step,
         ):
 
-            def told(record: LayerRecord) -> None:
-                report(record)
+            def count(record: LayerRecord) -> None:
+                on_layer(record)
                 step(f"block {record.block + 1}/{len(blocks)}  {record.layer}")
 
-            records = quantization.run(told)
+            records = quantization.run(count)
         return summarize_layers(records, self.inputs.checkpoint.parameters, stored_bits) | {
-            "quantize/seconds": sum(phases.seconds.values()),  # of all the processes that a run has had
-            "quantize/peak_memory_gb": meter.peak_memory_gb,
-            **{f"quantize/{name}_seconds": seconds for name, seconds in phases.seconds.items()},
-            "calibration/sha256": sequences.sha256,
-            "checkpoint/sha256": self.blocks.sha256,
+            # Not the meter's seconds: the phases add up over all processes of a run that was interrupted and resumed.
+            metrics.QUANTIZE_SECONDS: sum(phases.seconds.values()),
+            metrics.QUANTIZE_MEMORY: meter.peak_memory_gb,
+            **{metrics.phase_seconds(phase): seconds for phase, seconds in phases.seconds.items()},
+            metrics.CALIBRATION_SHA256: sequences.sha256,
+            metrics.CHECKPOINT_SHA256: self.blocks.sha256,
         }
 
     def _calibration_mode(self, sequences: Sequences, phases: Phases) -> CalibrationMode:
@@ -102,8 +112,12 @@ class Work:
             return FullPrecisionInputs(activations, StatisticsCache(self.cache, key, self.inputs.device))
         return QuantizedInputs(activations, calibration.true_sequential)
 
-    def evaluate(self) -> tuple[Metrics, Windows]:
-        """Perplexity on every text, and the agreement with the unquantized model; and what each window measured."""
+    def evaluate(self) -> tuple[Metrics, Measures]:
+        """Perplexity on every text, and the agreement with the unquantized model.
+
+        Returns:
+            The metrics, and the measures of every window.
+        """
         texts = {name: (windows.ids, windows.sha256) for name, windows in self.inputs.windows.items()}
         if not texts:
             return {}, {}
@@ -113,21 +127,14 @@ class Work:
         options: dict[str, Any] = {"blocks": self.blocks, "references": references, "memory": self.memory}
         with Meter(self.inputs.device) as meter, progress("evaluating", len(self.source.blocks) + len(texts)) as step:
             measured = BlockwiseEvaluation(self.source, texts, self.inputs.batch_size, **options).run(step)
-        metrics: Metrics = {"evaluate/seconds": meter.seconds, "evaluate/peak_memory_gb": meter.peak_memory_gb}
+        result: Metrics = {metrics.EVALUATE_SECONDS: meter.seconds, metrics.EVALUATE_MEMORY: meter.peak_memory_gb}
         for name, windows in self.inputs.windows.items():
-            metrics |= {
-                f"ppl/{name}": perplexity(torch.tensor(measured[name]["nll"], dtype=torch.float64)),
-                f"protocol/{name}": windows.protocol,
-                f"windows/{name}": len(windows.ids),
-                f"sha256/{name}": windows.sha256,
-            }
-            others = {kind: values for kind, values in measured[name].items() if kind != "nll"}
-            metrics |= {f"agreement/{name}/{kind}": fmean(values) for kind, values in others.items()}
-        return metrics, measured
+            result |= _text_metrics(name, windows, measured[name])
+        return result, measured
 
     def zero_shot(self) -> Metrics:
-        """The accuracies, with the whole model in memory, and why what was skipped was."""
-        skipped = {f"skipped/{name}": why for name, why in self.inputs.skipped.items()}
+        """Accuracies, with the whole model in memory; and the reasons of the texts and tasks that were skipped."""
+        skipped = {metrics.skipped(name): why for name, why in self.inputs.skipped.items()}
         if not self.inputs.tasks:
             return skipped
         checkpoint, tasks = self.inputs.checkpoint, self.inputs.tasks
@@ -136,15 +143,34 @@ class Work:
                 model = whole_model(checkpoint, self.settings.run.model, self.inputs.device, self.blocks)
                 options: dict[str, Any] = {"length": checkpoint.sequence_length, "batch_size": self.inputs.batch_size}
                 limit = self.settings.run.evaluation.limit
-                metrics = measure_tasks(model, self.inputs.tokenizer, tasks, limit=limit, **options)
+                result = measure_tasks(model, self.inputs.tokenizer, tasks, limit=limit, **options)
             except Exception as error:
                 if not out_of_memory(error):
                     raise
                 why = "lm-eval needs the whole model in memory, which ran out: take a larger machine, or batch_size=1"
-                metrics = {f"skipped/{task.name}": why for task in tasks}
-        return metrics | skipped | {"zero_shot/seconds": meter.seconds}
+                result = {metrics.skipped(task.name): why for task in tasks}
+        return result | skipped | {metrics.ZERO_SHOT_SECONDS: meter.seconds}
 
-    def recorded(self) -> Metrics:
-        """What the cache had, and what was done when memory ran out."""
-        steps = {"memory/steps": "; ".join(self.memory.steps)} if self.memory.steps else {}
-        return {"cache/hits": self.cache.hits, "cache/misses": self.cache.misses} | steps
+    def resources(self) -> Metrics:
+        """Hits and misses of the cache, and what was done when memory ran out."""
+        steps = {metrics.MEMORY_STEPS: "; ".join(self.memory.steps)} if self.memory.steps else {}
+        return {metrics.CACHE_HITS: self.cache.hits, metrics.CACHE_MISSES: self.cache.misses} | steps
+
+
+def _unquantized(stored_bits: float) -> Metrics:
+    zeros = (metrics.RELATIVE_ERROR, metrics.QUANTIZE_SECONDS, metrics.QUANTIZE_MEMORY, metrics.OUTLIER_RATIO)
+    bits = (metrics.BITS_PER_WEIGHT, metrics.BITS_PER_PARAMETER)
+    return {key: 0.0 for key in zeros} | {key: stored_bits for key in bits}
+
+
+def _text_metrics(name: str, windows: Windows, measures: Mapping[str, list[float]]) -> Metrics:
+    """The metrics of one text from the measures of its windows: `nll`, and `kl` and `top1` where agreement was measured."""
+    agreement = {kind: values for kind, values in measures.items() if kind != "nll"}
+    return {
+        # In float64: the mean of many float32 losses, and then its exponential, would lose digits.
+        metrics.ppl(name): perplexity(torch.tensor(measures["nll"], dtype=torch.float64)),
+        metrics.protocol(name): windows.protocol,
+        metrics.windows(name): len(windows.ids),
+        metrics.sha256(name): windows.sha256,
+        **{metrics.agreement(name, kind): fmean(values) for kind, values in agreement.items()},
+    }

@@ -1,1 +1,1 @@
-"""Many runs: each in a process of its own, one GPU each, and how far a study has come."""
+"""Sweeps: a process and a GPU for each cell, and the status of every cell of a study."""

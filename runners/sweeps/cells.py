@@ -1,4 +1,7 @@
-"""The cells of a study and how far each has come, read from its folder."""
+"""The cells of a study, and the status of each, read from the study's folder.
+
+Nothing is kept in memory or in a service: any process on any machine that sees the folder finds the same.
+"""
 
 import json
 from collections.abc import Sequence
@@ -7,20 +10,18 @@ from typing import Any
 
 from runners.config.settings import Settings
 from runners.errors import InputError
-from runners.results.metrics import MODEL_PATH, model_words
+from runners.results.metrics import MODEL_PATH, Reason, Status, model_words
 from runners.results.progress import owner_words, progress_words, read_progress
 from runners.results.run_folder import RunFolder
 from runners.storage.files import write
 from runners.storage.locks import file_lock
 
-CELLS = "cells.json"  # in a study's folder: what its sweeps are to run, by run folder
+CELLS = "cells.json"  # in a study's folder: the labels of all cells of its sweeps, by run folder
 
 
 def describe_cells(cells: Sequence[Settings]) -> list[dict[str, Any]]:
-    """One row a cell: what it is, and under `status` and `error` how far it has come."""
-    unique = list({cell.folder: cell for cell in cells}.values())
-    rows = zip(unique, differences(unique), strict=True)
-    described = [_label(cell, difference) | read_status(cell.folder) for cell, difference in rows]
+    """For each cell, once: its labels (method, model, bits, setting) and what `read_status` returns."""
+    described = [label | read_status(folder) for folder, label in _labels(cells).items()]
     return [row | {"model": model} for row, model in zip(described, model_words(described), strict=True)]
 
 
@@ -28,40 +29,51 @@ def read_status(folder: Path) -> dict[str, Any]:
     """How far the run in a folder has come.
 
     Returns:
-        The run's metrics where it has ended. Else `status`, which is `running`, `unfinished` (blocks of it are on disk),
-        `interrupted` or `missing`; `error`, which says more; and where it is running, `progress`.
+        The run's metrics if it has ended. Else `status`, which is `running`, `unfinished` (finished blocks are on disk),
+        `interrupted` or `missing`; `error`, which tells more; and of a running one `progress`.
     """
     run = RunFolder(folder)
     try:
         metrics = run.metrics()
     except InputError as error:
-        return {"status": "failed", "reason": "damaged", "error": str(error)}
-    if metrics is not None and metrics.get("reason") != "interrupted":
+        return {"status": Status.FAILED, "reason": Reason.DAMAGED, "error": str(error)}
+    if metrics is not None and metrics.get("reason") != Reason.INTERRUPTED:
         return metrics
     progress = read_progress(folder)
-    if run.is_running():
-        seen = "" if progress is None else f"{progress_words(progress).removeprefix('during ')}; "
-        return {"status": "running", "error": seen + owner_words(progress), "progress": progress}
-    last = metrics["error"] if metrics else "" if progress is None else f"its process died {progress_words(progress)}"
+    if run.is_running():  # before all that follows: what it has left on disk is not final
+        stage = "" if progress is None else f"{progress_words(progress).removeprefix('during ')}; "
+        return {"status": Status.RUNNING, "error": stage + owner_words(progress), "progress": progress}
+    return _status_of_unended(folder, _last_words(metrics, progress))
+
+
+def _last_words(metrics: dict[str, Any] | None, progress: dict[str, Any] | None) -> str:
+    """How a run that has not ended came to its stop; "" if it has never run."""
+    if metrics is not None:
+        return metrics["error"]
+    return "" if progress is None else f"its process died {progress_words(progress)}"
+
+
+def _status_of_unended(folder: Path, last: str) -> dict[str, Any]:
     if blocks := len(list(folder.glob("checkpoint/block-*.json"))):
-        return {"status": "unfinished", "error": "; ".join([f"{blocks} blocks are on disk", *([last] if last else [])])}
-    return {"status": "interrupted" if last else "missing", "error": last or "it did not run"}
+        words = [f"{blocks} blocks are on disk", *([last] if last else [])]
+        return {"status": Status.UNFINISHED, "error": "; ".join(words)}
+    return {"status": Status.INTERRUPTED if last else Status.MISSING, "error": last or "it did not run"}
 
 
 def register_cells(cells: Sequence[Settings]) -> None:
-    """Write down what a sweep is to run, references included, beside what other sweeps of its study have written."""
+    """Add the cells of a sweep, references included, to the list of their study, so that missing ones can be told."""
     for study in {cell.study_folder for cell in cells}:
         mine = [cell for cell in cells if cell.study_folder == study]
         references = {cell.reference().folder: cell.reference() for cell in mine if cell.run.quantizes}
-        unique = list((references | {cell.folder: cell for cell in mine}).values())
-        rows = zip(unique, differences(unique), strict=True)
-        labels = {cell.folder.relative_to(study).as_posix(): _label(cell, difference) for cell, difference in rows}
+        labels = _labels(list((references | {cell.folder: cell for cell in mine}).values()))
+        named = {folder.relative_to(study).as_posix(): label for folder, label in labels.items()}
+        # Sweeps of one study may start at the same time: without the lock one could overwrite what another has added.
         with file_lock(study / f".{CELLS}.lock", -1):
-            write(study / CELLS, json.dumps(registered_cells(study) | labels, indent=1) + "\n")
+            write(study / CELLS, json.dumps(registered_cells(study) | named, indent=1) + "\n")
 
 
 def registered_cells(study: Path) -> dict[str, dict[str, Any]]:
-    """What the sweeps of a study are to run, by run folder.
+    """The labels of all cells of a study's sweeps, by run folder; nothing if no sweep has run there.
 
     Raises:
         InputError: the list is damaged.
@@ -74,14 +86,11 @@ def registered_cells(study: Path) -> dict[str, dict[str, Any]]:
         raise InputError(f"{study / CELLS} cannot be read ({error}): delete it, and start the sweep again") from error
 
 
-def _label(cell: Settings, difference: str) -> dict[str, Any]:
-    bits = {"bits": cell.run.bits} if cell.run.quantizes else {}
-    model = {"model": cell.run.model.name, MODEL_PATH: cell.run.model_path}
-    return {"method": cell.run.method.name, **model, **bits, "setting": difference}
-
-
 def differences(cells: Sequence[Settings]) -> list[str]:
-    """For each run of a sweep the settings in which it differs from others of the same method, but for the bits."""
+    """For each cell the settings in which it differs from other cells of its method, apart from its bits: `seed=1`.
+
+    Settings of the model, the data and the evaluation are left out: the model has a column of its own.
+    """
     flat = [_flatten(settings.identity()) for settings in cells]
     answer = []
     for settings, mine in zip(cells, flat, strict=True):
@@ -92,6 +101,19 @@ def differences(cells: Sequence[Settings]) -> list[str]:
         shown = [key for key in keys if not key.startswith(("model.", "data.", "evaluation.")) and key != "grid.bits"]
         answer.append(", ".join(f"{key.rpartition('.')[2]}={mine[key]}" for key in shown))
     return answer
+
+
+def _labels(cells: Sequence[Settings]) -> dict[Path, dict[str, Any]]:
+    """The labels of each cell, by its folder."""
+    unique = list({cell.folder: cell for cell in cells}.values())
+    settings = differences(unique)
+    return {cell.folder: _label(cell, setting) for cell, setting in zip(unique, settings, strict=True)}
+
+
+def _label(cell: Settings, setting: str) -> dict[str, Any]:
+    bits = {"bits": cell.run.bits} if cell.run.quantizes else {}
+    model = {"model": cell.run.model.name, MODEL_PATH: cell.run.model_path}
+    return {"method": cell.run.method.name, **model, **bits, "setting": setting}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,7 +1,11 @@
-"""A cell in a process of its own, so that whatever ends it leaves a row, and the sweep goes on.
+"""A process for each cell, so that whatever ends it, metrics are written and the sweep continues.
 
-The process is forked from a server that has imported the heavy libraries and done nothing with them: it starts in a
-fraction of a second, clean of CUDA and of threads.
+The process is forked from a server (`multiprocessing`'s fork server) that has imported the heavy libraries and done nothing
+with them. So it starts in a fraction of a second instead of ten, and inherits neither CUDA, which does not survive a fork,
+nor the locks of other threads, which would never be released in it.
+
+Who stops whom: only the parent heeds Ctrl-C, and sends SIGTERM to the child; the child raises KeyboardInterrupt, writes its
+metrics and leaves. If it does not leave within `GRACE_SECONDS`, the parent kills it and writes the metrics itself.
 """
 
 import logging
@@ -23,7 +27,7 @@ from omegaconf import OmegaConf
 
 from runners.config.settings import Settings
 from runners.errors import InputError
-from runners.results.metrics import METRICS
+from runners.results.metrics import METRICS, Reason, Status
 from runners.results.progress import progress_words, read_progress, remove_progress
 from runners.results.run_folder import RunFolder
 from runners.run.experiment import INTERRUPTED, failure_metrics, run_experiment
@@ -31,8 +35,9 @@ from runners.sweeps.gpus import lease
 
 log = logging.getLogger(__name__)
 
-GRACE = 15.0  # seconds that a process gets to write its row when it is told to stop
-METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+GRACE_SECONDS = 15.0  # for a process to write its metrics after SIGTERM; schedulers often send SIGKILL after 30
+START = "start"  # the stage of a process that has not written any progress
+START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 OUT_OF_MEMORY = (
     "probably out of memory; try a smaller batch_size, fewer cells at a time (hydra.launcher.n_jobs), or more memory"
 )
@@ -42,17 +47,17 @@ def run_isolated(settings: Settings, logs: dict[str, Any] | None = None) -> list
     """`run_experiment` in a process of its own, on a GPU of its own where there is one.
 
     Args:
-        logs: the configuration of `logging` there; None: Python's own.
+        logs: the configuration of `logging` in that process; None: Python's default.
 
     Returns:
-        The rows of `run_experiment`; that of a cell whose process died or was stopped has the `reason` `killed` or
-        `timeout`.
+        The metrics that `run_experiment` returns; of a cell whose process died or was stopped, metrics with the `reason`
+        `killed` or `timeout`.
 
     Raises:
-        InputError: there is nowhere to put a row.
-        KeyboardInterrupt: after the cell has written its row.
+        InputError: the run's folder cannot be read or written, so there is no place for metrics.
+        KeyboardInterrupt: after the metrics of the cell are written.
     """
-    if _nothing_to_do(settings):
+    if _has_ended(settings):
         return run_experiment(settings)
     with lease(settings.execution.device) as gpu:
         return _run_child(settings, os.environ | gpu, logs)
@@ -60,64 +65,70 @@ def run_isolated(settings: Settings, logs: dict[str, Any] | None = None) -> list
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Take SIGTERM, as schedulers send it, for Ctrl-C, where nobody else has taken it."""
+    """Treat SIGTERM, which schedulers send, as Ctrl-C, unless somebody else handles it (submitit does)."""
     is_free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if not is_free or threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, _raise_interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _nothing_to_do(settings: Settings) -> bool:
-    runs = [(RunFolder(cell.folder), cell.execution) for cell in _cells([settings])]
+def _has_ended(settings: Settings) -> bool:
+    runs = [(RunFolder(cell.folder), cell.execution) for cell in _with_references([settings])]
     return all(folder.metrics_to_keep(execution.force, execution.retry_failed) for folder, execution in runs)
 
 
 def _run_child(settings: Settings, environment: dict[str, str], logs: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Start the process and wait for its answer, its death or the time limit, whichever is first."""
     process, answer = _start(settings, environment, logs)
     limit = None if settings.execution.timeout_minutes is None else 60 * settings.execution.timeout_minutes
     try:
         is_ready = bool(wait([answer, process.sentinel], limit))
         result = _receive(answer) if is_ready else None
     except BaseException:
-        _leave_row(settings, process, "interrupted", INTERRUPTED)
+        _stop_and_record(settings, process, Reason.INTERRUPTED, INTERRUPTED)
         raise
     if not is_ready:
-        return _leave_row(settings, process, "timeout", _too_long(settings))
-    _let_end(process)
+        return _stop_and_record(settings, process, Reason.TIMEOUT, _timeout_words(settings))
+    _join_or_kill(process)  # it has answered or is dead, but may hang on leaving, and its GPU is handed on after this
     if isinstance(result, InputError):
         raise result
     if result is not None:
         return result
-    if process.exitcode == -signal.SIGTERM or process.exitcode == 128 + signal.SIGTERM:
-        return _leave_row(settings, process, "interrupted", INTERRUPTED)
-    return _leave_row(settings, process, "killed", _death(process.exitcode))
+    # Somebody else has sent SIGTERM: it came before the handler was set, or through the handler (`_run_in_child`).
+    if process.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        return _stop_and_record(settings, process, Reason.INTERRUPTED, INTERRUPTED)
+    return _stop_and_record(settings, process, Reason.KILLED, _death_words(process.exitcode))
 
 
 def _start(
     settings: Settings, environment: dict[str, str], logs: dict[str, Any] | None
 ) -> tuple[BaseProcess, Connection]:
-    context: Any = multiprocessing.get_context(METHOD)
-    context.set_forkserver_preload([__name__, "quantease.kernels.cpu"])  # and numba, which every run would load
+    context: Any = multiprocessing.get_context(START_METHOD)
+    context.set_forkserver_preload([__name__, "quantease.kernels.cpu"])  # this imports numba, too
     methods = multiprocessing.get_all_start_methods()
     if multiprocessing.get_start_method(allow_none=True) not in (None, *methods):
-        multiprocessing.set_start_method(methods[0], force=True)  # joblib's own is unknown to the process that starts
+        multiprocessing.set_start_method(methods[0], force=True)  # joblib sets "loky", which a child does not know
     answer, sender = context.Pipe(duplex=False)
     arguments = (settings, sender, environment, logs, torch.get_num_threads())
-    process: BaseProcess = context.Process(target=_child, args=arguments, name=settings.run_name)
-    with _deaf_to_interrupts():
+    process: BaseProcess = context.Process(target=_run_in_child, args=arguments, name=settings.run_name)
+    with _ignoring_ctrl_c():
         process.start()
-    sender.close()  # so that reading from it ends when the process does
+    sender.close()  # the child now has the only writing end, so that reading ends with EOFError when it dies
     return process, answer
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """What is started here ignores Ctrl-C, from its first moment: it is for the parent to stop it, in order."""
+def _ignoring_ctrl_c() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C from their first moment, as they inherit it: the parent stops them, in order.
+
+    The terminal sends Ctrl-C to all processes of the group. A child, or the fork server, that died of it at once would leave
+    no metrics.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -135,14 +146,14 @@ def _receive(answer: Connection) -> list[dict[str, Any]] | InputError | None:
         return None
 
 
-def _child(
+def _run_in_child(
     settings: Settings, answer: Connection, environment: dict[str, str], logs: dict[str, Any] | None, threads: int
 ) -> None:
-    os.environ.clear()  # the server's own is as old as the server
+    os.environ.clear()  # inherited from the fork server, and as old as that
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _interrupt)
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, _raise_interrupt)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     if logs is not None:
         configure_log(OmegaConf.create(logs))
@@ -151,87 +162,111 @@ def _child(
     except InputError as error:
         answer.send(error)
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(128 + signal.SIGTERM)  # the exit code by which shells tell a death by SIGTERM
 
 
-def _interrupt(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows is the row
+def _raise_interrupt(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the writing of the metrics
     raise KeyboardInterrupt
 
 
-def _follow_parent() -> None:
-    """Stop when the parent is gone: nobody would hear of the result, or hand out the GPU."""
+def _end_with_parent() -> None:
+    """Stop when the parent is gone: its lock on the GPU is released then, and another cell may be given the GPU."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(GRACE)
+        time.sleep(GRACE_SECONDS)
         os._exit(128 + signal.SIGTERM)
 
 
 def _stop(process: BaseProcess) -> None:
-    """End the process: politely, and after a while, or a second Ctrl-C, not."""
+    """End the process: by SIGTERM, and by SIGKILL after the grace period or a second Ctrl-C."""
     process.terminate()
-    _let_end(process)
+    _join_or_kill(process)
 
 
-def _let_end(process: BaseProcess) -> None:
+def _join_or_kill(process: BaseProcess) -> None:
     try:
-        process.join(GRACE)
-    finally:
+        process.join(GRACE_SECONDS)
+    finally:  # also after a Ctrl-C while waiting
         process.kill()
         process.join()
 
 
-def _leave_row(settings: Settings, process: BaseProcess, reason: str, error: str) -> list[dict[str, Any]]:
-    """Stop the process, and write the row that it did not: of the cell, or of the reference if that is where it was."""
-    seen = ((cell, progress) for cell in _cells([settings]) if (progress := read_progress(cell.folder)) is not None)
-    cell, progress = next((pair for pair in seen if pair[1]["pid"] == process.pid), (settings, {"stage": "start"}))
+def _stop_and_record(settings: Settings, process: BaseProcess, reason: Reason, error: str) -> list[dict[str, Any]]:
+    """Stop the process, and write the metrics that it has not written, of the cell or of its reference.
+
+    Args:
+        error: with `{where}` for the progress of the run.
+
+    Returns:
+        The metrics of the cell, for `run_isolated`.
+    """
+    # Both before the process is stopped: when it leaves in order it removes its progress, and writes metrics of its own.
+    cell, progress = _at_work(settings, process)
     had_ended = RunFolder(cell.folder).metrics() is not None
     _stop(process)
-    row = None if had_ended else _write_row(cell, progress, reason, error)
-    if row is not None and cell is not settings:
-        log.error("error: %s: %s", cell.run_name, row["error"])
-    metrics = RunFolder(settings.folder).metrics() or failure_metrics(settings, reason, "start", error)
+    written = None if had_ended else _record_death(cell, progress, reason, error)
+    if written is not None and cell is not settings:  # the caller sees the cell's metrics, but not the reference's
+        log.error("error: %s: %s", cell.run_name, written["error"])
+    metrics = RunFolder(settings.folder).metrics()
+    if metrics is None:  # another process has taken up the cell meanwhile, or it had not begun
+        metrics = failure_metrics(settings, reason, START, error.format(where=f"during {START}"))
     return [metrics | {"folder": str(settings.folder), "tracker": None}]
 
 
+def _at_work(settings: Settings, process: BaseProcess) -> tuple[Settings, dict[str, Any]]:
+    """The cell or reference that the process is working on, with its progress; the cell if it has not begun."""
+    for cell in _with_references([settings]):
+        progress = read_progress(cell.folder)
+        if progress is not None and progress["pid"] == process.pid:
+            return cell, progress
+    return settings, {"stage": START}
+
+
 def record_dead_runs(cells: Sequence[Settings]) -> None:
-    """Write the rows of runs whose processes died without anybody left to see it, as when a launcher kills its workers."""
-    for cell in _cells(cells):
+    """Write the metrics of runs that died together with the parent that would have, as when a launcher kills its workers."""
+    for cell in _with_references(cells):
         progress = read_progress(cell.folder)
         if progress is not None and RunFolder(cell.folder).metrics() is None:
-            _write_row(cell, progress, "interrupted", INTERRUPTED)
+            _record_death(cell, progress, Reason.INTERRUPTED, INTERRUPTED)
 
 
-def _cells(cells: Sequence[Settings]) -> list[Settings]:
-    """With the references that they need."""
+def _with_references(cells: Sequence[Settings]) -> list[Settings]:
+    """The cells and the references that they need, each once."""
     references = [cell.reference() for cell in cells if cell.run.quantizes]
     return list({cell.folder: cell for cell in (*cells, *references)}.values())
 
 
-def _write_row(cell: Settings, progress: dict[str, Any], reason: str, error: str) -> dict[str, Any] | None:
-    """The row of a run whose process is gone, unless it is done or another process has taken it up."""
+def _record_death(cell: Settings, progress: dict[str, Any], reason: Reason, error: str) -> dict[str, Any] | None:
+    """Write the metrics of a run whose process is gone.
+
+    Metrics with the status `failed` are replaced: a process that was stopped for its time limit has recorded an interrupt.
+
+    Returns:
+        The metrics; None if the run has ended otherwise, or another process has taken it up.
+    """
     folder = RunFolder(cell.folder)
     folder.path.mkdir(parents=True, exist_ok=True)
-    with folder.lock(wait=False) as mine:
+    with folder.lock(wait=False) as is_mine:
         ended = folder.metrics()
-        if not mine or (ended is not None and ended["status"] != "failed"):
+        if not is_mine or (ended is not None and ended["status"] != Status.FAILED):
             return None
-        progress = read_progress(folder.path) or progress
-        row = failure_metrics(cell, reason, progress["stage"], error.format(where=progress_words(progress)))
-        folder.write_json(METRICS, row)
+        progress = read_progress(folder.path) or progress  # its last words, later than what the caller has read
+        metrics = failure_metrics(cell, reason, progress["stage"], error.format(where=progress_words(progress)))
+        folder.write_json(METRICS, metrics)
         remove_progress(folder.path)
-        return row
+        return metrics
 
 
-def _too_long(settings: Settings) -> str:
+def _timeout_words(settings: Settings) -> str:
     minutes = settings.execution.timeout_minutes
     return f"stopped after timeout_minutes={minutes:g} {{where}}: raise that, with retry_failed=true"
 
 
-def _death(exitcode: int | None) -> str:
-    """What is known of a process that ended without an answer."""
+def _death_words(exitcode: int | None) -> str:
+    """What is known of a process that ended without an answer; `{where}` is for its progress."""
     if exitcode is None or exitcode >= 0:
         return f"its process left with exit code {exitcode} {{where}}"
     name = signal.Signals(-exitcode).name

@@ -17,7 +17,7 @@ from runners.tracking.figures import layer_error_figure, pixels
 
 
 class TrackioTracker:
-    """Tells one run of trackio's."""
+    """One run in trackio's store."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         store = (Path(settings.execution.results) / "trackio").absolute()
@@ -34,14 +34,14 @@ class TrackioTracker:
         self._run = _start(settings)
 
     def layer(self, record: LayerRecord) -> None:
-        """A point of each curve."""
+        """Log one point per curve."""
         self._run.log(self._curves.points(record))
 
     def finish(self, metrics: dict[str, Any], records: list[LayerRecord]) -> None:
-        """The numbers of `metrics.json`, what it says in words as a table, the run's tables, and its figure."""
+        """Log the numbers of `metrics.json`, its texts as a table, the run's tables, and its figure."""
         import trackio
 
-        # Settings are in its table of runs; as charts they would only be in the way.
+        # Settings are in trackio's table of runs; as metrics each would become a chart.
         measured = {key: value for key, value in metrics.items() if key not in self._run.config}
         numbers = {key: value for key, value in measured.items() if isinstance(value, int | float)}
         words = [[key, value] for key, value in metrics.items() if isinstance(value, str)]
@@ -76,7 +76,7 @@ def _start(settings: Settings) -> Any:
     name = content.title(settings)
     with suppress(ValueError):  # the study has no run yet
         for earlier in [run for run in trackio.Api().runs(settings.execution.study) if run.name == name]:
-            earlier.delete()  # run again, it replaces what it was
+            earlier.delete()  # the run is made again, and replaces it
     return LocalRun(
         None, settings.execution.study, None, name, group=settings.run.model.name, config=content.config(settings)
     )

@@ -1,4 +1,4 @@
-"""The figure of one run: how large the error of each layer is, and where in the model."""
+"""The figure of one run: layer errors over the depth of the model."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,15 @@ from runners.results.layers import LayerRecord
 
 
 def layer_error_figure(records: Sequence[LayerRecord]) -> Figure:
-    """Relative layer error against the block, a line for each layer of a block; errors of zero have no place in it."""
+    """Relative layer error over the block index, one line per layer of a block. Errors of zero are left out: the axis is
+    logarithmic."""
     figure = Figure(figsize=(6.4, 4), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     for name in dict.fromkeys(record.layer for record in records):
         points = [(r.block, r.relative_error) for r in records if r.layer == name and r.relative_error > 0]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=name)
-    if axes.lines:  # a logarithmic axis without a positive value is a warning
+    if axes.lines:  # Matplotlib warns of a logarithmic axis without a positive value
         axes.set_yscale("log")
         axes.legend(fontsize="small", frameon=False, ncols=2)
     axes.set(xlabel="block", ylabel="relative layer error")

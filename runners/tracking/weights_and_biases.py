@@ -1,7 +1,7 @@
-"""One W&B run a job: online where the user is logged in and the server answers, else offline into the study's folder.
+"""One W&B run per cell: online if the user is logged in and the server answers, else offline into the study's folder.
 
-The offline runs of a study lie side by side in `results/<study>/wandb/`, where W&B's own viewer, `wandb leet`, shows them
-together; `python -m runners.sync` sends them.
+The offline runs of a study are all in `results/<study>/wandb/`, where W&B's own viewer, `wandb leet`, shows them together;
+`python -m runners.sync` sends them.
 """
 
 import logging
@@ -12,6 +12,7 @@ from typing import Any
 
 from runners.config.settings import Settings
 from runners.results.layers import LayerRecord
+from runners.results.metrics import Status
 from runners.tracking import content
 from runners.tracking.figures import layer_error_figure, pixels
 
@@ -22,7 +23,7 @@ OFFLINE = ("offline", "disabled", "dryrun")  # values of WANDB_MODE with which W
 
 
 class WandbTracker:
-    """Tells one W&B run."""
+    """One W&B run."""
 
     def __init__(self, run: Any, folder: Path, settings: Settings) -> None:
         self._run = run
@@ -38,14 +39,14 @@ class WandbTracker:
         run.define_metric(content.CONVERGENCE, step_metric=content.SWEEP)
 
     def layer(self, record: LayerRecord) -> None:
-        """A point of each curve."""
+        """Log one point per curve."""
         self._run.log(self._curves.points(record))
 
     def finish(self, metrics: dict[str, Any], records: list[LayerRecord]) -> None:
-        """`metrics.json` as the run's summary, its tables, and its figure."""
+        """Log `metrics.json` as the run's summary, its tables, and its figure."""
         import wandb
 
-        self._exit_code = int(metrics["status"] != "done")
+        self._exit_code = int(metrics["status"] != Status.DONE)
         self._run.summary.update(metrics)
         tables = content.tables(self._folder, metrics["status"], records)
         if "sweeps" in tables:
@@ -66,7 +67,7 @@ class WandbTracker:
 
 
 def start(settings: Settings) -> Any:
-    """The W&B run of one job."""
+    """Start the W&B run of one cell."""
     os.environ["WANDB_DATA_DIR"] = data_folder(settings.study_folder)
     import wandb
 
@@ -75,7 +76,7 @@ def start(settings: Settings) -> Any:
     options: dict[str, Any] = {
         "project": settings.execution.tracker.project,
         "entity": settings.execution.tracker.entity,
-        "id": content.run_id(settings.run_name, settings.execution.study),  # run again, it replaces what it was
+        "id": content.run_id(settings.run_name, settings.execution.study),  # the same if it is run again, to replace it
         "name": content.title(settings),
         "group": settings.execution.study,
         "job_type": content.job_type(settings),
@@ -94,7 +95,7 @@ def start(settings: Settings) -> Any:
 
 
 def data_folder(study_folder: Path) -> str:
-    """Where W&B stages the files of tables until they are sent: with the runs, not in the user's home."""
+    """The folder in which W&B keeps the files of tables until they are sent: with the runs, not in the user's home."""
     return str((study_folder / "wandb" / "data").absolute())
 
 

@@ -18,17 +18,7 @@ from analysis.figures.points import LeftOut
 from analysis.figures.style import METHODS, looks, png
 from analysis.series import METHOD_ORDER, Row, summarize
 from tests.conftest import PROJECT
-from tests.studies import SIZES, write_run, write_study
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_study(tmp_path_factory.mktemp("study"))
-
-
-@pytest.fixture(scope="module")
-def summary(study: Path) -> list[Row]:
-    return summarize(collect(study))
+from tests.studies import SIZES, write_run
 
 
 def lines(axis: Axes, color: str) -> list[tuple[list[float], list[float]]]:

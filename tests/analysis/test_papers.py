@@ -13,17 +13,7 @@ from analysis.published import published_numbers
 from analysis.series import Row, summarize
 from analysis.tables.latex import escape, latex
 from analysis.tables.papers import PaperTable, markdown, paper_table, table_metrics
-from tests.studies import write_run, write_study
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_study(tmp_path_factory.mktemp("study"))
-
-
-@pytest.fixture(scope="module")
-def summary(study: Path) -> list[Row]:
-    return summarize(collect(study))
+from tests.studies import write_run
 
 
 @pytest.fixture(scope="module")

@@ -119,9 +119,30 @@ def test_weights_outside_linear_layers_are_refused() -> None:
 
 def test_a_model_without_blocks_is_refused() -> None:
     model = random_model("opt")
-    model._no_split_modules = ["SomethingElse"]
-    with pytest.raises(InputError, match="no list of 2 decoder blocks"):
+    model.model.decoder.layers = nn.Sequential(*model.model.decoder.layers)
+    with pytest.raises(InputError, match="OPTForCausalLM has no list of decoder blocks"):
         decoder_blocks(model)
+
+
+def test_a_model_with_two_lists_of_blocks_is_refused() -> None:
+    model = random_model("opt")
+    model.model.decoder.others = nn.ModuleList([nn.Linear(4, 4) for _ in model.model.decoder.layers])
+    with pytest.raises(InputError, match=r"in several lists of modules \(layers, others\), none of which is all"):
+        decoder_blocks(model)
+
+
+def test_experts_and_shorter_lists_are_not_taken_for_blocks() -> None:
+    model = random_model("opt")
+    decoder = model.model.decoder
+    decoder.layers[0].experts = nn.ModuleList([nn.Linear(4, 4) for _ in decoder.layers])
+    decoder.projections = nn.ModuleList([nn.Linear(4, 4)])
+    assert decoder_blocks(model) is decoder.layers
+
+
+def test_blocks_are_found_without_a_list_of_their_classes() -> None:
+    model = random_model("opt")
+    model._no_split_modules = None
+    assert decoder_blocks(model) is model.model.decoder.layers
 
 
 def test_a_layer_that_is_never_used_shares_no_input() -> None:

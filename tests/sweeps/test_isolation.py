@@ -21,7 +21,7 @@ from runners import cli
 from runners.config.run import Method
 from runners.config.settings import Settings
 from runners.errors import InputError
-from runners.results.metrics import METRICS
+from runners.results.metrics import METRICS, Reason
 from runners.results.progress import PROGRESS, Progress, read_progress
 from runners.results.run_folder import RunFolder
 from runners.run.experiment import failure_metrics, run_cell, run_experiment
@@ -134,10 +134,10 @@ def test_a_failed_run_is_left_alone_until_it_is_to_be_retried(toy_settings: ToyS
     settings = toy_settings("method=rtn")
     folder = RunFolder(settings.folder)
     for reason, is_settled in {"exception": True, "killed": True, "timeout": True, "interrupted": False}.items():
-        folder.write_json(METRICS, failure_metrics(settings, reason, "quantize", "broke"))
+        folder.write_json(METRICS, failure_metrics(settings, Reason(reason), "quantize", "broke"))
         assert (folder.metrics_to_keep(force=False, retry_failed=False) is not None) == is_settled
         assert folder.metrics_to_keep(force=False, retry_failed=True) is None
-    folder.write_json(METRICS, failure_metrics(settings, "killed", "quantize", "broke"))
+    folder.write_json(METRICS, failure_metrics(settings, Reason.KILLED, "quantize", "broke"))
     assert run_cell(settings)["error"] == "broke"
     assert run_cell(settings.replace(retry_failed=True))["status"] == "done"
 

@@ -21,7 +21,8 @@ import pytest
 from runners.config import execution
 from runners.errors import InputError
 from runners.run.experiment import run_cell
-from runners.tracking import content, track
+from runners.tracking import content
+from runners.tracking.tracker import track
 from tests.conftest import PROJECT, ToySettings
 
 # It must not be imported here: it looks for its store when it is.
@@ -70,7 +71,7 @@ def test_processes_can_write_at_once(swept: Path) -> None:
     found = {
         re.sub(r" \S+ · \S+$", "", row["run_name"]): row["points"] for row in counts if "fp16" not in row["run_name"]
     }
-    assert found == {f"rtn {bits}b per-channel s0": 13 for bits in (3, 4)}
+    assert found == {f"rtn {bits} bits per-channel s0": 13 for bits in (3, 4)}
 
 
 def test_the_store_holds_what_the_files_do(toy_settings: ToySettings, results: Path) -> None:
@@ -162,7 +163,7 @@ def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
 def test_its_page_shows_the_runs_and_their_curves(page: str, tmp_path: Path) -> None:
     command = [str(BROWSER), *QUIET.split(), f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000", "--dump-dom"]
     shown = subprocess.run([*command, page], capture_output=True, timeout=600, check=True).stdout.decode()
-    for name in ("rtn 3b per-channel s0", "rtn 4b per-channel s0", "fp16 "):
+    for name in ("rtn 3 bits per-channel s0", "rtn 4 bits per-channel s0", "fp16 "):
         assert name in shown
     for metric in ("layer/relative_error", "error/fc1", "ppl/wikitext2", "bits_per_weight"):
         assert metric in shown

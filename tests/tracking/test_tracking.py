@@ -16,8 +16,9 @@ from runners.config.settings import Settings
 from runners.results.layers import LayerRecord
 from runners.run import experiment
 from runners.run.experiment import run_cell
-from runners.tracking import content, track
+from runners.tracking import content
 from runners.tracking.figures import layer_error_figure, pixels
+from runners.tracking.tracker import track
 from tests.conftest import ToySettings
 
 
@@ -47,14 +48,14 @@ def test_an_offline_run_can_be_read_back(toy_settings: ToySettings) -> None:
     assert row["tracker"] == f"wandb leet {settings.study_folder / 'wandb'}"
     run, records = inspect_offline_run(settings)
     assert run["run_id"] == f"{settings.run_name}-reading"
-    assert run["name"] == f"gptq 3b g16 s0 toy · {settings.digest}"
+    assert run["name"] == f"gptq 3 bits group 16 s0 toy · {settings.digest}"
     assert (run["state"], run["exit_code"]) == ("finished", 0)
     (start,) = [record["run"] for record in records if record["type"] == "run"]
     assert (start["run_group"], start["job_type"]) == ("reading", "quantize")
     assert start["tags"] == ["gptq", "toy", "3 bits", "group 16", "seed 0"]
     config = run["config"]
     assert (config["method"]["name"], config["bits"], config["group_size"], config["seed"]) == ("gptq", 3, 16, 0)
-    assert config[content.SETTING] == f"gptq 3b g16 toy · {settings.series}"
+    assert config[content.SETTING] == f"gptq 3 bits group 16 toy · {settings.series}"
     assert {key: run["summary"][key] for key in row if key not in ("folder", "tracker")} == {
         key: row[key] for key in row if key not in ("folder", "tracker")
     }
@@ -109,7 +110,7 @@ def test_an_interrupted_run_ends_as_failed(toy_settings: ToySettings, monkeypatc
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment.Work, "begin", interrupt)
+    monkeypatch.setattr(experiment.Stages, "open", interrupt)
     settings = toy_settings("method=rtn", "tracker=wandb")
     with pytest.raises(KeyboardInterrupt):
         run_cell(settings)
@@ -166,8 +167,8 @@ def test_a_server_that_does_not_answer_leaves_the_run_offline(
 def test_names_are_short_and_say_what_differs(toy_settings: ToySettings) -> None:
     plain = toy_settings("method=rtn", "bits=4", "seed=2")
     special = toy_settings("method=rtn", "symmetric=true", "act_order=true", "grid_range=mse", "group_size=16")
-    assert content.title(plain) == f"rtn 4b per-channel s2 toy · {plain.digest}"
-    assert content.title(special) == f"rtn 3b g16 symmetric mse act-order s0 toy · {special.digest}"
+    assert content.title(plain) == f"rtn 4 bits per-channel s2 toy · {plain.digest}"
+    assert content.title(special) == f"rtn 3 bits group 16 symmetric mse act-order s0 toy · {special.digest}"
     assert content.title(plain.reference()) == f"fp16 toy · {plain.reference().digest}"
     other = toy_settings("method=rtn", "bits=4", "seed=1")
     assert content.config(plain)[content.SETTING] == content.config(other)[content.SETTING]
