@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from quantease.grid import GridSpec
 from quantease.layer import QuantizedLayer
 from runners.errors import InputError
 
@@ -39,10 +40,10 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
     """The decoder blocks of a causal language model: the one list of modules with linear layers in its decoder.
 
     Raises:
-        InputError: there is no such list or more than one, or its blocks hold matrices that are not in linear layers.
+        InputError: there is no such list or more than one, or two of its blocks share a weight.
     """
     blocks = _list_of_blocks(model)
-    _refuse_hidden_matrices(model, blocks[0])
+    _refuse_shared_weights(model, blocks)
     return blocks
 
 
@@ -57,6 +58,71 @@ def replace_weights(block: nn.Module, quantized: dict[str, QuantizedLayer]) -> N
     layers = linear_layers(block)
     for name, layer in quantized.items():
         layers[name].replace(layer.weight)
+
+
+def other_matrices(block: nn.Module) -> dict[str, Tensor]:
+    """The matrices of a decoder block that are not in linear layers, by name: no method is given them.
+
+    These are parameters with two dimensions or more: fused experts, convolutions, routers, tables of positions, and norms
+    that have a row per head.
+    """
+    inside = {id(layer.module.weight) for layer in linear_layers(block).values()}
+    return {
+        name: parameter
+        for name, parameter in block.named_parameters()
+        if parameter.ndim >= 2 and id(parameter) not in inside
+    }
+
+
+def check_divisibility(model: Any, spec: GridSpec) -> None:
+    """Refuse a group size that does not divide the rows of every layer that is to be quantized.
+
+    Raises:
+        InputError: naming the first such layer.
+    """
+    for index, block in enumerate(decoder_blocks(model)):
+        for name, layer in linear_layers(block).items():
+            if not spec.divides(layer.in_features):
+                raise InputError(
+                    f"group_size={spec.group_size} does not divide the {layer.in_features} inputs of {name} in block "
+                    f"{index}: take a divisor of every layer's inputs, or group_size=null for one scale per row"
+                )
+
+
+def check_coverage(model: Any) -> str | None:
+    """Find the matrices that stay unquantized because they are not in linear layers.
+
+    Args:
+        model: any causal language model; its weights may be on the meta device.
+
+    Returns:
+        A sentence with the share of the decoder blocks' matrices that they are, and the first of them; None: there are none.
+    """
+    blocks = decoder_blocks(model)
+    linear = sum(layer.weight.numel() for block in blocks for layer in linear_layers(block).values())
+    others = [(index, name, m) for index, block in enumerate(blocks) for name, m in other_matrices(block).items()]
+    if not others:
+        return None
+    size = sum(matrix.numel() for _, _, matrix in others)
+    index, name, matrix = others[0]
+    return (
+        f"{len(others)} matrices outside linear layers, {size / (linear + size):.0%} of the weights in the decoder blocks, "
+        f"stay unquantized and are counted in bits_per_weight at the bits they are stored in (first: {name} "
+        f"{tuple(matrix.shape)} in block {index})"
+    )
+
+
+def _refuse_shared_weights(model: nn.Module, blocks: nn.ModuleList) -> None:
+    """Refuse blocks that share a weight: the second would be calibrated, and quantized, on what the first has left of it."""
+    owner: dict[int, tuple[int, str]] = {}
+    for index, block in enumerate(blocks):
+        for name, parameter in block.named_parameters():
+            first, first_name = owner.setdefault(id(parameter), (index, name))
+            if first != index:
+                raise InputError(
+                    f"blocks {first} and {index} of {type(model).__name__} share the weight {first_name}, and each block is "
+                    "quantized on its own: this architecture is not supported"
+                )
 
 
 def _list_of_blocks(model: Any) -> nn.ModuleList:
@@ -83,17 +149,6 @@ def _outermost_lists(root: nn.Module) -> dict[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) and not inside and all(map(linear_layers, module)):
             found[name] = module
     return found
-
-
-def _refuse_hidden_matrices(model: nn.Module, block: nn.Module) -> None:
-    """Refuse weights outside linear layers (fused experts, say), which would stay unquantized without a word."""
-    inside = {f"{name}.weight" for name in linear_layers(block)}
-    for name, parameter in block.named_parameters():
-        if parameter.ndim >= 2 and name not in inside:
-            raise InputError(
-                f"{type(model).__name__} keeps weights outside linear layers ({name}, {tuple(parameter.shape)}), which "
-                "would stay unquantized: this architecture is not supported"
-            )
 
 
 class BlockSource(Protocol):

@@ -9,9 +9,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from quantease.grid import GridSpec
 from runners.errors import InputError
-from runners.models.blocks import decoder_blocks, linear_layers
+from runners.models.blocks import decoder_blocks
 from runners.models.download import download_snapshot
 from runners.models.shards import INDEX, WHOLE, weight_files
 from runners.models.verify import check_config, check_tensors, check_tokenizer, refuse_unused
@@ -151,21 +150,6 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         raise InputError(f"the tokenizer in {checkpoint.folder} cannot be loaded: {_one_line(error)}") from error
     tokenizer.model_max_length = int(1e30)  # texts are cut into windows here; no warnings about their length
     return tokenizer
-
-
-def check_divisibility(checkpoint: Checkpoint, spec: GridSpec) -> None:
-    """Refuse a group size that does not divide the rows of every layer that is to be quantized.
-
-    Raises:
-        InputError: naming the first such layer.
-    """
-    for index, block in enumerate(decoder_blocks(checkpoint.skeleton)):
-        for name, layer in linear_layers(block).items():
-            if not spec.divides(layer.in_features):
-                raise InputError(
-                    f"group_size={spec.group_size} does not divide the {layer.in_features} inputs of {name} in block "
-                    f"{index}: take a divisor of every layer's inputs, or group_size=null for one scale per row"
-                )
 
 
 def check_files(folder: Path) -> None:

@@ -4,6 +4,7 @@ Layers that share an input share its Hessian. A method that treats every row of 
 their rows stacked: one factorization of the Hessian serves the group. Any other method is given one layer at a time.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -178,19 +179,28 @@ class GroupSolver:
         return error / energy if energy > 0 else 0.0
 
     def _left_alone(self, group: LayerGroup, name: str, why: str) -> SolvedLayer:
-        return left_alone(group.block, name, group.layers[name], self.stored_bits, why, non_finite=True)
+        return left_alone(group.block, name, group.layers[name].weight.shape, self.stored_bits, why, non_finite=True)
 
 
 def left_alone(
-    block: int, name: str, layer: LinearLayer, stored_bits: float, why: str, non_finite: bool = False
+    block: int, name: str, shape: tuple[int, ...], stored_bits: float, why: str, non_finite: bool = False
 ) -> SolvedLayer:
-    """A layer that keeps its own weights, and the reason, which its record tells."""
-    out_features, in_features = layer.weight.shape
+    """A matrix that keeps its own weights, and the reason, which its record tells.
+
+    Args:
+        block: index of the decoder block.
+        name: of the layer or parameter inside the block.
+        shape: of the matrix; all dimensions but the last count as output features, as those of fused experts do.
+        stored_bits: per weight.
+        why: in words.
+        non_finite: whether numbers that are not finite are the reason.
+    """
+    *rows, columns = shape
     record = LayerRecord(
         block=block,
         layer=name,
-        out_features=out_features,
-        in_features=in_features,
+        out_features=math.prod(rows),
+        in_features=columns,
         bits_per_weight=stored_bits,
         non_finite=non_finite,
         left_alone=True,

@@ -11,10 +11,11 @@ This is the scheme of GPTQ (Frantar et al., 2023, section 4) and of QuantEase (B
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import nn
 
 from quantease.grid import GridSpec
 from quantease.layer import LayerSolver, QuantizedLayer
-from runners.models.blocks import linear_layers
+from runners.models.blocks import linear_layers, other_matrices
 from runners.quantization.calibration_modes import CalibrationMode
 from runners.quantization.finished_blocks import FinishedBlocks
 from runners.quantization.group_solver import GroupSolver, LayerGroup, SolvedLayer, left_alone
@@ -48,13 +49,13 @@ class Quantization:
 
     @torch.no_grad()
     def run(self, report: Callable[[LayerRecord], None]) -> list[LayerRecord]:
-        """Quantize every linear layer of every decoder block that is not finished already.
+        """Quantize every linear layer of every decoder block that is not finished already, and record all other matrices.
 
         Args:
             report: called with each layer's record once it is known, those of blocks finished earlier included.
 
         Returns:
-            The records of all layers, in the same order.
+            The records of all layers, and of the matrices outside them, in the same order.
 
         Raises:
             Unsupported: the method cannot do what the grid asks.
@@ -100,8 +101,19 @@ class Quantization:
                     yield from self._groups.solve(LayerGroup(index, {name: layers[name] for name in names}, statistics))
             why = "never used, so there is nothing to calibrate it on"
             for name in (name for name in layers if name not in used):
-                yield left_alone(index, name, layers[name], self._groups.stored_bits, why)
+                yield left_alone(index, name, layers[name].weight.shape, self._groups.stored_bits, why)
+            yield from self._other_matrices(index, block)
             self.inputs.leave()  # last, while the block is open: its quantized weights leave the memory with it
+
+    def _other_matrices(self, index: int, block: nn.Module) -> Iterator[SolvedLayer]:
+        """Records of the matrices that no method is given. They count in the bits: most of a model may be in them."""
+        usual = {layer.weight.dtype for layer in linear_layers(block).values()}
+        for name, matrix in other_matrices(block).items():
+            # Some modules keep float32 whatever the model's dtype: routers, convolutions of state space models.
+            kept = bool(usual) and matrix.dtype not in usual
+            bits = 8.0 * matrix.element_size() if kept else self._groups.stored_bits
+            why = f"not a linear layer, but a parameter of shape {tuple(matrix.shape)}: no method quantizes it"
+            yield left_alone(index, name, matrix.shape, bits, why)
 
     def _save(
         self,

@@ -9,12 +9,12 @@ from runners.results import metrics
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """The result of one linear layer: a row of `layers.csv`.
+    """The result of one linear layer, or of another matrix in a decoder block: a row of `layers.csv`.
 
     Attributes:
         block: the index of its decoder block.
         layer: its name inside the block.
-        out_features: rows of its weight matrix.
+        out_features: rows of its weight matrix; of fused experts, of all of them together.
         in_features: columns of its weight matrix.
         relative_error: ||W X - W_hat X||^2 / ||W X||^2, of W_hat as the model stores it.
         seconds: spent in the solver.
@@ -76,7 +76,7 @@ def summarize_layers(records: list[LayerRecord], parameters: int, stored_bits: f
     plots them.
 
     Args:
-        records: of all linear layers that the run has visited.
+        records: of all matrices in decoder blocks that the run has visited, those that it left alone included.
         parameters: of the whole model, embeddings and head included, tied ones once.
         stored_bits: of a parameter that is not in a quantized layer.
     """

@@ -1,5 +1,6 @@
 """Everything that can be checked and fetched before weights are loaded, so that mistakes show within seconds."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,11 @@ from runners.data.calibration import Sequences, draw_sequences
 from runners.data.windows import Windows, cut_texts
 from runners.errors import InputError
 from runners.evaluation.tasks import ReadyTask, prepare_tasks
-from runners.models.checkpoint import Checkpoint, check_divisibility, load_tokenizer, open_checkpoint
+from runners.models.blocks import check_coverage, check_divisibility
+from runners.models.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from runners.run.environment import environment
+
+log = logging.getLogger(__name__)
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}  # in a batch: what a CPU's caches hold, what keeps a GPU busy
 BLOCK_SHARE = (
@@ -50,7 +54,8 @@ def preflight(settings: Settings) -> RunInputs:
         raise InputError(f"device={settings.execution.device} cannot be used: {str(error).splitlines()[0]}") from error
     checkpoint = open_checkpoint(settings.run.model)
     if settings.run.quantizes:
-        check_divisibility(checkpoint, settings.run.grid)
+        check_divisibility(checkpoint.skeleton, settings.run.grid)
+        _check_coverage(checkpoint, settings.run.warnings)
     tokenizer = load_tokenizer(checkpoint)
     length = checkpoint.sequence_length
     windows, skipped = cut_texts(settings.run.evaluation, tokenizer, length, settings.execution.data_root)
@@ -64,6 +69,15 @@ def preflight(settings: Settings) -> RunInputs:
     _check_vocabulary(max((int(ids.max()) for ids in tokens), default=0), checkpoint)
     batch_size = settings.execution.batch_size or _batch_size(checkpoint, device)
     return RunInputs(checkpoint, tokenizer, device, sequences, windows, tasks, skipped | missing, batch_size)
+
+
+def _check_coverage(checkpoint: Checkpoint, warnings: str) -> None:
+    """Say which matrices will stay unquantized; with `warnings=error`, stop at them."""
+    if (left := check_coverage(checkpoint.skeleton)) is None:
+        return
+    if warnings == "error":  # their records would stop the run, too, but only after some blocks are calibrated
+        raise InputError(f"{left}; warnings=record goes on and records it")
+    log.warning("%s", left)
 
 
 def _check_vocabulary(largest: int, checkpoint: Checkpoint) -> None:

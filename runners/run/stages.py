@@ -15,7 +15,7 @@ from runners.data.windows import Windows
 from runners.evaluation.blockwise import BlockwiseEvaluation, ReferenceCache
 from runners.evaluation.likelihood import perplexity
 from runners.evaluation.zero_shot import measure_tasks, whole_model
-from runners.models.blocks import BlockSource, linear_layers
+from runners.models.blocks import BlockSource, linear_layers, other_matrices
 from runners.models.memory import Memory, out_of_memory
 from runners.models.streaming import open_model
 from runners.quantization.calibration_activations import CalibrationActivations
@@ -84,7 +84,7 @@ class Stages:
         blocks = self.source.blocks
         with (
             Meter(self.inputs.device) as meter,
-            progress("calibrating", sum(map(len, map(linear_layers, blocks)))) as step,
+            progress("calibrating", sum(len(linear_layers(b)) + len(other_matrices(b)) for b in blocks)) as step,
         ):
 
             def count(record: LayerRecord) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from runners.errors import InputError
 from runners.models.activations import BlockActivations
-from runners.models.blocks import InMemoryModel, decoder_blocks, linear_layers
+from runners.models.blocks import InMemoryModel, check_coverage, decoder_blocks, linear_layers, other_matrices
 from runners.models.memory import Memory
 from runners.quantization.input_statistics import input_groups, input_statistics
 from tests.families import FAMILIES, random_ids, random_model
@@ -107,13 +107,36 @@ def test_a_layer_is_seen_as_out_by_in_however_it_is_stored(family: str) -> None:
     assert block.get_parameter(f"{name}.weight").eq(1).all()
 
 
-def test_weights_outside_linear_layers_are_refused() -> None:
+def mixtral(layers: int = 2) -> Any:
     config = transformers.MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=2, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(InputError, match=r"keeps weights outside linear layers \(mlp\..*would stay unquantized"):
+    return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def test_matrices_outside_linear_layers_are_found_in_every_block() -> None:
+    model = mixtral()
+    found = other_matrices(decoder_blocks(model)[1])
+    assert sorted(found) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"]
+    assert check_coverage(random_model("llama")) is None
+    for name in found:  # the first block is no example of the others
+        module, _, parameter = name.rpartition(".")
+        delattr(decoder_blocks(model)[0].get_submodule(module), parameter)
+    share = sum(matrix.numel() for matrix in found.values())
+    attention = 3072  # 32 x 32 twice, 32 x 16 twice, in each block
+    assert check_coverage(model) == (
+        f"3 matrices outside linear layers, {share / (share + 2 * attention):.0%} of the weights in the decoder blocks, "
+        "stay unquantized and are counted in bits_per_weight at the bits they are stored in (first: mlp.gate.weight "
+        "(2, 32) in block 1)"
+    )
+
+
+def test_blocks_that_share_a_weight_are_refused() -> None:
+    model = random_model("llama")
+    first, second = decoder_blocks(model)
+    second.get_submodule("mlp").up_proj = first.get_submodule("mlp.up_proj")
+    with pytest.raises(InputError, match=r"blocks 0 and 1 of LlamaForCausalLM share the weight mlp\.up_proj\.weight"):
         decoder_blocks(model)
 
 
