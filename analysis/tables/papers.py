@@ -15,11 +15,10 @@ from analysis.intervals import BOLD_NOTE, SeriesText
 from analysis.published import comparable
 from analysis.series import Row, all_keys, protocol_of
 from analysis.tables.comparison import RAISED, RAISED_NOTE, markdown_lines, spread
-from runners.results.metrics import BITS_PER_WEIGHT, agreement, names, ppl, zero_shot_parts
+from runners.results.metrics import BITS_PER_WEIGHT, MEASURED_HOW, agreement, names, ppl, zero_shot_parts
 
 SUPERSCRIPTS = "ᵃᵇᶜᵈᵉᶠᵍʰ"  # one per source of published numbers
 PERCENT = ("acc", "top1", "exact_match")  # how the names of shares begin; tables show them in per cent
-NO_RESULTS = ("samples", "version", "sha256")  # of a task: how it was measured
 
 Entry = Row  # a number of a table with all that belongs to it; its keys are the columns of the CSV file
 
@@ -68,7 +67,7 @@ def table_metrics(summary: list[Row]) -> list[Metric]:
         found[kl] = Metric(kl, f"KL divergence from the full-precision model, nats per token, on {text}", 4)
         found[top1] = Metric(top1, f"Same top token as full precision, %, on {text}", 2, 100.0)
     for key in keys:
-        if (parts := zero_shot_parts(key)) and parts[1] not in NO_RESULTS and not parts[1].endswith("_stderr"):
+        if (parts := zero_shot_parts(key)) and parts[1] not in MEASURED_HOW and not parts[1].endswith("_stderr"):
             found[key] = _zero_shot(key, *parts)
     return [found[key] for key in keys if key in found]
 

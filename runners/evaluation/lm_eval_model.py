@@ -1,11 +1,14 @@
-"""The model as lm-eval wants it. Importing this module takes 3 seconds, so only runs with zero-shot tasks do."""
+"""The model, or its tokenizer alone, as lm-eval wants them. Importing this takes 3 seconds: only zero-shot tasks do."""
 
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 import torch
 from lm_eval.models import huggingface
+from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedTokenizerBase
 
 from runners.console import progress
@@ -65,3 +68,85 @@ class LmEvalModel(HFLM):
         for _ in inps:  # one step per sequence: lm-eval calls the model once per batch
             self._step(self.title)
         return super()._model_call(inps, *arguments, **settings)
+
+
+@dataclass(frozen=True)
+class EncodedRequest:
+    """Token ids that lm-eval would give to the model for one request, or for one window of a long text.
+
+    Attributes:
+        prompt: what the model reads.
+        answer: what is scored; None: the model writes it.
+        length: tokens of the longest sequence that the model takes.
+        room: tokens that prompt and answer may have together; of a longer prompt lm-eval drops the beginning.
+    """
+
+    prompt: list[int]
+    answer: list[int] | None
+    length: int
+    room: int
+
+    @property
+    def ids(self) -> list[int]:
+        """All token ids."""
+        return self.prompt + (self.answer or [])
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether lm-eval would drop the beginning of the prompt."""
+        return len(self.ids) > self.room
+
+    @property
+    def fault(self) -> str | None:
+        """Why the request cannot be measured, as the end of a sentence; None: it can. lm-eval 0.4.13 asserts the same."""
+        remedy = f"than the {self.length} that the model takes: raise model.sequence_length"
+        if self.room < 1:
+            return f"lets the model write {self.length - self.room} tokens, not fewer {remedy}"
+        if not self.prompt:
+            return "has a prompt without tokens"
+        if self.answer is not None and not self.answer:
+            return (
+                "has an answer without tokens of its own (it is empty, or its tokens merge with the end of the prompt)"
+            )
+        if self.answer is not None and len(self.answer) > self.length:
+            return f"has an answer of {len(self.answer)} tokens, more {remedy}"
+        return None
+
+
+class LmEvalEncoder(HFLM):
+    """lm-eval's wrapper without a model: it encodes requests with lm-eval's own code, and keeps the token ids.
+
+    Args:
+        config: of the model, as transformers has it.
+        length: tokens of the longest sequence that the model takes.
+    """
+
+    def __init__(self, config: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        model = SimpleNamespace(
+            config=config, device=torch.device("cpu")
+        )  # all that lm-eval asks of one before it is called
+        super().__init__(pretrained=model, tokenizer=tokenizer, max_length=length, batch_size=1, logits_cache=False)
+        self._encoded: list[EncodedRequest] = []
+
+    def encode(self, request: Any) -> list[EncodedRequest]:
+        """The token ids of one request; of a text whose every token is scored, one element per window."""
+        self._encoded = []
+        getattr(self, request.request_type)([request], disable_tqdm=True)
+        return self._encoded
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        room = self.max_length + 1  # the last token is scored, not read
+        self._encoded += [EncodedRequest(prompt, answer, self.max_length, room) for _, prompt, answer in requests]
+        return [(0.0, False)] * len(requests)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:  # noqa: ARG002
+        self.tok_decode(self.eot_token_id, skip_special_tokens=False)  # fails without an EOS token, as it would later
+        for request in requests:
+            context, settings = request.args
+            settings = normalize_gen_kwargs(settings, self.max_gen_toks)
+            room = self.max_length - settings.get("max_gen_toks", self.max_gen_toks)
+            ids, _ = self.tok_batch_encode([context])
+            self._encoded.append(EncodedRequest(ids[0].tolist(), None, self.max_length, room))
+        return [""] * len(requests)

@@ -12,7 +12,7 @@ import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,13 @@ class ReadyTask:
     Attributes:
         name: of a task, or of a group or tag of tasks.
         loaded: what lm-eval's `evaluate` takes: a dictionary whose `tasks` holds the task, or the members of the group.
+        truncated: of how many requests the model will not see the beginning, by the name of the member; filled in by
+            `runners.evaluation.prompts`.
     """
 
     name: str
     loaded: Any
+    truncated: dict[str, int] = field(default_factory=dict)
 
 
 def prepare_tasks(names: Sequence[str], data_root: str | None) -> tuple[list[ReadyTask], dict[str, str]]:
@@ -49,7 +52,7 @@ def prepare_tasks(names: Sequence[str], data_root: str | None) -> tuple[list[Rea
             of all other tasks always are.
 
     Returns:
-        The tasks, and for each one whose data set is missing the reason, in a sentence.
+        The tasks, and for each one whose data set is missing, or that lm-eval cannot load, the reason, in a sentence.
 
     Raises:
         InputError: no task has that name, its data are damaged, it needs a package that is not installed, or it runs code.
@@ -61,14 +64,31 @@ def prepare_tasks(names: Sequence[str], data_root: str | None) -> tuple[list[Rea
                 ready.append(ReadyTask(name, _load(name, data_root)))
         except MissingData as error:
             skipped[name] = str(error)
+        except InputError:
+            raise
+        except Exception as error:  # a task may run any code of lm-eval: it must not cost the perplexities
+            skipped[name] = explain_failure("load it", error)
     return ready, skipped
 
 
-def _load(name: str, data_root: str | None) -> Any:
-    # Before every task, not once: some tasks shuffle their choices when they are loaded, and the prompts of a task must not
-    # depend on which tasks were loaded before it.
+def explain_failure(doing: str, error: BaseException) -> str:
+    """Why a task is skipped, in a sentence: lm-eval could not do something with it."""
+    message = " ".join(str(error).split())[:300]
+    what = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return f"lm-eval could not {doing} ({what}): take it out of evaluation.tasks, or look at its data"
+
+
+def set_seeds() -> None:
+    """Seed the global generators as lm-eval does. Some tasks shuffle their choices when they are loaded or asked.
+
+    Called before every task, not once, so that the prompts of a task do not depend on the tasks before it.
+    """
     random.seed(PYTHON_SEED)
     np.random.seed(NUMPY_SEED)
+
+
+def _load(name: str, data_root: str | None) -> Any:
+    set_seeds()
     loaded = _load_own(name, data_root) if name == BUNDLED or name in TASKS else _load_any(name)
     for task in loaded["tasks"].values():
         _refuse_code(name, task)

@@ -6,6 +6,7 @@ prompts may be compared.
 """
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -16,15 +17,20 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from runners.evaluation.tasks import ReadyTask, silence
+from runners.errors import InputError
+from runners.evaluation.tasks import ReadyTask, explain_failure, silence
 from runners.models.blocks import InMemoryModel, replace_weights
 from runners.models.checkpoint import Checkpoint, Model, load
+from runners.models.memory import out_of_memory
 from runners.quantization.finished_blocks import FinishedBlocks
 from runners.results.metrics import skipped, zero_shot
 
 # Of the bootstrap, for standard errors without a closed form (perplexities). lm-eval's default of 100,000 takes 2 seconds
 # per task; with 1,000 the standard error is itself uncertain by 2 % (1 / sqrt(2 * 1000)), enough for what tables show.
 RESAMPLES = 1000
+OUT_OF_MEMORY = "lm-eval needs the whole model in memory, which ran out: take a larger machine, or batch_size=1"
+
+log = logging.getLogger(__name__)
 
 
 def measure_tasks(
@@ -45,8 +51,8 @@ def measure_tasks(
         limit: ask only the first questions of each task, this many; None: all.
 
     Returns:
-        `zero_shot/<task>/<metric>` and `<metric>_stderr`, for each task also `samples`, `version` and `sha256`; or
-        `skipped/<task>` with a reason where the model's likelihoods are not finite.
+        `zero_shot/<task>/<metric>` and `<metric>_stderr`, for each task also `samples`, `version`, `sha256` and, where
+        the beginnings of prompts were cut, `truncated`; or `skipped/<task>` with the reason where something failed.
     """
     if not tasks:
         return {}
@@ -60,17 +66,43 @@ def measure_tasks(
     metrics: dict[str, Any] = {}
     for task in tasks:
         lm.title = f"zero-shot  {task.name}"
-        with silence():
-            results: Any = evaluate(lm, task.loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)
-        if broken := _not_finite(task):
-            metrics[skipped(task.name)] = f"{broken} of the likelihoods that the model gives are NaN or infinite"
-            continue
-        for name, values in results["results"].items():
-            metrics |= _numbers(name, values)
-        for name, one in task.loaded["tasks"].items():
-            metrics[zero_shot(name, "samples")] = results["n-samples"][name]["effective"]
-            metrics[zero_shot(name, "version")] = _version(one, results["versions"].get(name))
-            metrics[zero_shot(name, "sha256")] = prompts_hash(one)
+        try:
+            with silence():
+                results = evaluate(lm, task.loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)
+            metrics |= _metrics(task, results)
+        except Exception as error:  # one task must cost neither the others nor the perplexities
+            metrics |= skip_tasks([task], error)
+    return metrics
+
+
+def skip_tasks(tasks: Sequence[ReadyTask], error: Exception) -> dict[str, Any]:
+    """The metrics of tasks that were not measured because of an error: `skipped/<task>` with the reason, in a sentence."""
+    log.debug("", exc_info=error)
+    if isinstance(error, InputError):
+        reason = str(error)
+    elif out_of_memory(error):
+        error.__traceback__ = None  # its frames hold the tensors that did not fit, and the next task needs their memory
+        reason = OUT_OF_MEMORY
+    else:
+        reason = explain_failure("measure it", error)
+    for task in tasks:
+        log.warning("%s is skipped: %s", task.name, reason)
+    return {skipped(task.name): reason for task in tasks}
+
+
+def _metrics(task: ReadyTask, results: Any) -> dict[str, Any]:
+    """The metrics of a task from what lm-eval's `evaluate` returns."""
+    if broken := _not_finite(task):
+        return {skipped(task.name): f"{broken} of the likelihoods that the model gives are NaN or infinite"}
+    metrics: dict[str, Any] = {}
+    for name, values in results["results"].items():
+        metrics |= _numbers(name, values)
+    for name, member in task.loaded["tasks"].items():
+        metrics[zero_shot(name, "samples")] = results["n-samples"][name]["effective"]
+        metrics[zero_shot(name, "version")] = _version(member, results["versions"].get(name))
+        metrics[zero_shot(name, "sha256")] = prompts_hash(member)
+        if name in task.truncated:
+            metrics[zero_shot(name, "truncated")] = task.truncated[name]
     return metrics
 
 

@@ -58,6 +58,9 @@ QUANTIZE_MEMORY = "quantize/peak_memory_gb"
 EVALUATE_SECONDS = "evaluate/seconds"
 EVALUATE_MEMORY = "evaluate/peak_memory_gb"
 ZERO_SHOT_SECONDS = "zero_shot/seconds"
+ZERO_SHOT_BATCH_SIZE = (
+    "zero_shot/batch_size"  # sequences of full length at once: it decides the order of sums, so near ties
+)
 CALIBRATION_SHA256 = "calibration/sha256"
 CHECKPOINT_SHA256 = "checkpoint/sha256"
 CALIBRATION_INPUTS = "calibration_inputs"
@@ -65,6 +68,11 @@ CACHE_HITS = "cache/hits"
 CACHE_MISSES = "cache/misses"
 MEMORY_STEPS = "memory/steps"
 MODEL_PATH = "model_path"  # the fingerprint of the model's files, or its name on the hub
+
+
+# Of a zero-shot task, beside its metrics: questions, version of its definition, hash of its prompts, and prompts whose
+# beginning was cut because the model takes fewer tokens (there only if some were).
+MEASURED_HOW = ("samples", "version", "sha256", "truncated")
 
 
 # Keys of a family: the part before the first slash names the family, the rest what was measured.
@@ -94,7 +102,7 @@ def agreement(text: str, measure: str) -> str:
 
 
 def zero_shot(task: str, metric: str) -> str:
-    """A metric of a zero-shot task, or its `samples`, `version` or `sha256` (of the prompts)."""
+    """A metric of a zero-shot task, or one of the facts of MEASURED_HOW about it."""
     return f"zero_shot/{task}/{metric}"
 
 

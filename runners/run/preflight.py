@@ -11,6 +11,7 @@ from runners.config.settings import Settings
 from runners.data.calibration import Sequences, draw_sequences
 from runners.data.windows import Windows, cut_texts
 from runners.errors import InputError
+from runners.evaluation.prompts import check_prompts
 from runners.evaluation.tasks import ReadyTask, prepare_tasks
 from runners.models.blocks import check_coverage, check_divisibility
 from runners.models.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
@@ -35,7 +36,7 @@ class RunInputs:
     sequences: Sequences | None  # the calibration data
     windows: dict[str, Windows]
     tasks: list[ReadyTask]
-    skipped: dict[str, str]  # texts and tasks whose data set is not available, with the reason
+    skipped: dict[str, str]  # texts and tasks that are not measured, with the reason: no data, or unusable prompts
     batch_size: int  # sequences that go through the model together
 
 
@@ -65,10 +66,14 @@ def preflight(settings: Settings) -> RunInputs:
         sequences = draw_sequences(
             settings.run.calibration, tokenizer, length, settings.run.seed, settings.execution.data_root
         )
+    # After the sequences are drawn, because lm-eval adds a padding token to a tokenizer that has none.
+    limit = settings.run.evaluation.limit
+    prompts = check_prompts(tasks, tokenizer, checkpoint.config, length=length, limit=limit)
     tokens = [text.ids for text in windows.values()] + ([] if sequences is None else sequences.all)
-    _check_vocabulary(max((int(ids.max()) for ids in tokens), default=0), checkpoint)
+    _check_vocabulary(max([prompts.largest_id, *(int(ids.max()) for ids in tokens)]), checkpoint)
     batch_size = settings.execution.batch_size or _batch_size(checkpoint, device)
-    return RunInputs(checkpoint, tokenizer, device, sequences, windows, tasks, skipped | missing, batch_size)
+    skipped |= missing | prompts.skipped
+    return RunInputs(checkpoint, tokenizer, device, sequences, windows, prompts.tasks, skipped, batch_size)
 
 
 def _check_coverage(checkpoint: Checkpoint, warnings: str) -> None:
@@ -109,6 +114,7 @@ def run_environment(inputs: RunInputs) -> dict[str, Any]:
     return environment(inputs.device) | {
         "model_revision": inputs.checkpoint.revision,
         "sequence_length": inputs.checkpoint.sequence_length,
+        "batch_size": inputs.batch_size,
         "texts": texts,
         "calibration": None
         if sequences is None

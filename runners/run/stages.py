@@ -14,9 +14,9 @@ from runners.data.calibration import Sequences
 from runners.data.windows import Windows
 from runners.evaluation.blockwise import BlockwiseEvaluation, ReferenceCache
 from runners.evaluation.likelihood import perplexity
-from runners.evaluation.zero_shot import measure_tasks, whole_model
+from runners.evaluation.zero_shot import measure_tasks, skip_tasks, whole_model
 from runners.models.blocks import BlockSource, linear_layers, other_matrices
-from runners.models.memory import Memory, out_of_memory
+from runners.models.memory import Memory
 from runners.models.streaming import open_model
 from runners.quantization.calibration_activations import CalibrationActivations
 from runners.quantization.calibration_modes import CalibrationMode, FullPrecisionInputs, QuantizedInputs
@@ -138,18 +138,17 @@ class Stages:
         if not self.inputs.tasks:
             return skipped
         checkpoint, tasks = self.inputs.checkpoint, self.inputs.tasks
-        with Meter(self.inputs.device) as meter:
-            try:
+        meter = Meter(self.inputs.device)
+        try:
+            with meter:
                 model = whole_model(checkpoint, self.settings.run.model, self.inputs.device, self.blocks)
                 options: dict[str, Any] = {"length": checkpoint.sequence_length, "batch_size": self.inputs.batch_size}
                 limit = self.settings.run.evaluation.limit
                 result = measure_tasks(model, self.inputs.tokenizer, tasks, limit=limit, **options)
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                why = "lm-eval needs the whole model in memory, which ran out: take a larger machine, or batch_size=1"
-                result = {metrics.skipped(task.name): why for task in tasks}
-        return result | skipped | {metrics.ZERO_SHOT_SECONDS: meter.seconds}
+        except Exception as error:  # whatever it is, the perplexities are measured and must be stored
+            result = skip_tasks(tasks, error)
+        facts = {metrics.ZERO_SHOT_SECONDS: meter.seconds, metrics.ZERO_SHOT_BATCH_SIZE: self.inputs.batch_size}
+        return result | skipped | facts
 
     def resources(self) -> Metrics:
         """Hits and misses of the cache, and what was done when memory ran out."""
