@@ -129,9 +129,9 @@ def _model_path(config: Path) -> str | None:
     try:
         content = yaml.load(config.read_text(encoding="utf-8"), _Loader)
         return str(content["model"]["path"])
-    except FileNotFoundError:
+    except (FileNotFoundError, KeyError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise _damaged(config, str(error).split("\n")[0]) from error
 
 
