@@ -122,9 +122,8 @@ class LmEvalEncoder(HFLM):
     """
 
     def __init__(self, config: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-        model = SimpleNamespace(
-            config=config, device=torch.device("cpu")
-        )  # all that lm-eval asks of one before it is called
+        # Configuration and device are all that lm-eval asks of a model before it calls it.
+        model = SimpleNamespace(config=config, device=torch.device("cpu"))
         super().__init__(pretrained=model, tokenizer=tokenizer, max_length=length, batch_size=1, logits_cache=False)
         self._encoded: list[EncodedRequest] = []
 

@@ -3,6 +3,9 @@
 A request that the model cannot take would fail after hours of calibration, or give a wrong number. So all requests of all
 tasks are built here, encoded by lm-eval's own code, and checked. The requests are kept and measured later, so the prompts
 that were checked are the prompts that are asked.
+
+On one CPU core 1,000 requests take 0.1 to 0.3 seconds to encode and 0.2 to 1.8 to build. The building is moved here, not
+added: it is not repeated for the measurement.
 """
 
 import logging
