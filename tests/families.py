@@ -26,6 +26,17 @@ _GEMMA: dict[str, Any] = _GATED | {
     "sliding_window": 8,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+_GEMMA4: dict[str, Any] = _GATED | {  # the last two blocks share keys and values; each has an embedding of the tokens
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "sliding_window": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "pad_token_id": 0,
+}
 _FALCON: dict[str, Any] = _SIZES | {"bias": False, "alibi": False}
 
 FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
@@ -42,6 +53,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "gpt-neox": lambda: transformers.GPTNeoXConfig(**_SIZES, intermediate_size=64),
     "gemma2": lambda: transformers.Gemma2Config(**_GEMMA),
     "gemma3": lambda: transformers.Gemma3TextConfig(**_GEMMA),
+    "gemma4": lambda: transformers.Gemma4TextConfig(**_GEMMA4),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
     ),

@@ -25,6 +25,7 @@ from runners.errors import InputError
 from runners.models.activations import BlockActivations
 from runners.models.checkpoint import Model, open_checkpoint
 from runners.models.streaming import open_model
+from runners.models.walk_check import check_walk
 from tests.family_zoo import ALL_FAMILIES, VARIANTS, NotBuilt, small_model, token_ids
 
 PROJECT = Path(__file__).parents[1]
@@ -97,6 +98,7 @@ def walked_logits(folder: Path, ids: Tensor, batch_size: int) -> Tensor:
     """The logits (sequences, length, vocabulary) of a checkpoint that is opened and walked as a run does it."""
     model, device = Model("small", str(folder)), torch.device("cpu")
     source = open_model(open_checkpoint(model), model, device)
+    check_walk(source, ids)
     walk = BlockActivations(source, ids, batch_size)
     for index in range(len(walk.blocks)):
         with source.open_block(index):

@@ -1,10 +1,12 @@
 """The activations of all sequences at the input of a decoder block, and the means to send them through it.
 
 For every block that is `BlockSource.open_block`, the outputs equal those of the model's own forward pass: the block is run
-with the arguments that the model itself passes to it (`runners.models.bypass`).
+with the arguments that the model itself passes to it (`runners.models.bypass`). `runners.models.walk_check` holds a model to
+that. What blocks hand to later ones in a container, such as shared keys and values, travels with each batch.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +15,18 @@ from runners.errors import InputError
 from runners.models.blocks import BlockSource
 from runners.models.bypass import (
     BlockArguments,
+    arguments_depend_on_the_text,
     bypassed,
     entering,
     learn_tuple_lengths,
     record_arguments,
-    refuse_arguments_that_depend_on_the_text,
     run_model,
 )
+from runners.models.containers import contents, copied, is_container, joined, of_rows, unchanged, with_tensors
 from runners.models.host_memory import copied_ahead, copy_to_host, would_crowd_gpu
 from runners.models.memory import Memory
+
+Shared = dict[str, Any]  # what blocks have handed to later ones, by the name of the argument
 
 
 class BlockActivations:
@@ -38,9 +43,7 @@ class BlockActivations:
         hidden: one tensor (batch, length, width) per batch.
         calibration_batches: how many batches hold `sequences`; those after them are held out.
         batch_index: of the batch that `run` has sent last.
-
-    Raises:
-        InputError: a block receives arguments that depend on the text.
+        shared: per batch, what the blocks before have handed to later ones.
     """
 
     def __init__(
@@ -56,16 +59,19 @@ class BlockActivations:
         self.memory = memory or Memory()
         self.batch_size = batch_size
         self.batch_index = 0
-        self._sample = sequences[:batch_size]  # any tokens will do: the blocks' arguments do not depend on the text
+        self._sample = sequences[:batch_size]  # where any tokens of this shape will do
         self._arguments: dict[int, list[BlockArguments]] = {}  # by batch size: masks and alibi have a batch dimension
         self._advanced = 0  # batches that have left the block already, when `advance` is called again after an error
         self._finite = torch.ones((), dtype=torch.bool, device=source.device)
         learn_tuple_lengths(source, sequences)  # first: every other bypassed pass needs to know them
-        refuse_arguments_that_depend_on_the_text(source, sequences)
-        batches = list(sequences.split(batch_size))
-        self.calibration_batches = len(batches)
+        self._depend_on_the_text = arguments_depend_on_the_text(source, sequences)
+        self._ids = list(sequences.split(batch_size))
+        self.calibration_batches = len(self._ids)
+        self._ids += [] if held_out is None else list(held_out.split(batch_size))
+        self.shared: list[Shared] = [{} for _ in self._ids]
+        self._handed: Shared = {}  # what the last batch has handed on, to be kept if it advances
         self.hidden: list[Tensor] = []
-        for batch in batches + ([] if held_out is None else list(held_out.split(batch_size))):
+        for batch in self._ids:
             hidden, _ = entering(source, 0, batch)
             if self.memory.offload is None:  # decided once, by the first batch: later there is less free memory
                 self.memory.offload = would_crowd_gpu(hidden, sequences.numel())
@@ -84,14 +90,20 @@ class BlockActivations:
 
     def forward(self, index: int, batch: Tensor) -> Tensor:
         """Send one batch (sequences, length, width) through decoder block `index`, in parts where memory is short."""
-        parts = batch.split(self.memory.batch_size or len(batch))
-        outputs = [self._run_block(index, part) for part in parts]
+        outputs: list[Tensor] = []
+        handed: list[Shared] = []
+        for part in batch.split(self.memory.batch_size or len(batch)):
+            outputs.append(self._run_block(index, part, sum(map(len, outputs))))
+            handed.append(self._handed)
+        rows = list(map(len, outputs))
+        self._handed = {name: joined([part[name] for part in handed], rows) for name in handed[0]}
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def sample(self, index: int) -> None:
         """Send as many sequences through decoder block `index` as go through it at once, for what hooks see of it."""
+        self.batch_index = 0
         few = self.hidden[0][: self.memory.batch_size]
-        self._run_block(index, few.to(self.source.device))
+        self._run_block(index, few.to(self.source.device), 0)
 
     def advance(self, index: int) -> None:
         """Replace the inputs of decoder block `index` by its outputs, batch by batch.
@@ -107,6 +119,7 @@ class BlockActivations:
                 self.hidden[self._advanced].copy_(output, non_blocking=True)
             else:
                 self.hidden[self._advanced] = output
+            self._keep_handed()
             self._advanced += 1
         self._advanced = 0
         if not self._finite:
@@ -133,11 +146,52 @@ class BlockActivations:
         self.memory.offload = True
         for place, hidden in enumerate(self.hidden):
             self.hidden[place] = copy_to_host(hidden)  # one at a time: each frees its GPU memory before the next
+            self.shared[place] = with_tensors(self.shared[place], copy_to_host)
         return "activations in host memory"
 
-    def _run_block(self, index: int, part: Tensor) -> Tensor:
-        if len(part) not in self._arguments:
-            self._arguments[len(part)] = record_arguments(self.source, self._sample[: len(part)])
-        arguments = self._arguments[len(part)][index]
+    def arguments(self, index: int, ids: Tensor) -> BlockArguments:
+        """What decoder block `index` receives besides the activations of these sequences (sequences, length)."""
+        if self._depend_on_the_text:  # made anew each time: kept, they could take more memory than the activations
+            return entering(self.source, index, ids)[1]
+        if len(ids) not in self._arguments:
+            self._arguments[len(ids)] = record_arguments(self.source, self._sample[: len(ids)])
+        return self._arguments[len(ids)][index]
+
+    def _run_block(self, index: int, part: Tensor, first: int) -> Tensor:
+        """Send a part of the batch `batch_index` through a block, from its sequence `first` on."""
+        ids = self._ids[self.batch_index]
+        arguments = self.arguments(index, ids[first : first + len(part)])
+        containers = self._containers(arguments, first, len(part))
+        before = {name: contents(container) for name, container in containers.items()}
+        arguments = arguments.replaced(containers)
         output = self.blocks[index](part, *arguments.args, **arguments.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        known = self.shared[self.batch_index]
+        self._handed = {
+            name: container
+            for name, container in containers.items()
+            if name in known or not unchanged(before[name], contents(container))
+        }
+        return output[0] if isinstance(output, tuple | list) else output
+
+    def _containers(self, arguments: BlockArguments, first: int, count: int) -> Shared:
+        """The containers among a block's arguments, with what earlier blocks have put into those of these sequences.
+
+        They are copies: a block may be run on a batch several times before the batch advances.
+        """
+        shared, rows = self.shared[self.batch_index], len(self._ids[self.batch_index])
+        return {
+            name: with_tensors(of_rows(shared[name], first, count, rows), self._on_device)
+            if name in shared
+            else copied(value)
+            for name, value in arguments.named().items()
+            if is_container(value)
+        }
+
+    def _keep_handed(self) -> None:
+        """Let what the batch that has just left a block has handed on travel with it."""
+        handed = with_tensors(self._handed, copy_to_host) if self.memory.offload else self._handed
+        # A block that is given no container leaves what is in it to the blocks that are.
+        self.shared[self._advanced] = self.shared[self._advanced] | handed
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.source.device)

@@ -5,7 +5,7 @@ of models has in another form. So it is not computed here but recorded: the mode
 every block hands on the hidden state that it is given. No weight of a block need be in memory for that.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runners.errors import InputError
 from runners.models.blocks import BlockSource
 
 PROBE_TOKENS = 16  # of the short sequences that show how blocks behave: enough for a mask to have a pattern
@@ -25,6 +24,15 @@ class BlockArguments:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def named(self) -> dict[str, Any]:
+        """All of them by name; those without one by their place, counted from 1 for the hidden state."""
+        return {f"{place}": value for place, value in enumerate(self.args, start=2)} | self.kwargs
+
+    def replaced(self, others: dict[str, Any]) -> "BlockArguments":
+        """The same with others in the place of some, by the names of `named`."""
+        args = (others.get(f"{place}", value) for place, value in enumerate(self.args, start=2))
+        return BlockArguments(tuple(args), {name: others.get(name, value) for name, value in self.kwargs.items()})
 
 
 Visit = Callable[[int, Tensor, BlockArguments], Tensor]  # block index, hidden state, the rest -> what leaves the block
@@ -59,13 +67,17 @@ def _stand_in(index: int, tuple_length: int, visit: Visit) -> Callable[..., Any]
     """A `forward` for block `index` that returns what its model expects: a tensor, or a tuple that begins with it."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        # All of transformers' decoders pass the hidden state first, or by this name.
-        hidden, args = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
-        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        output = visit(index, hidden, BlockArguments(args, others))
+        output = visit(index, *split_arguments(args, kwargs))
         return (output, *[None] * (tuple_length - 1)) if tuple_length else output
 
     return forward
+
+
+def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockArguments]:
+    """What a decoder block is called with, as the hidden state and the rest."""
+    # All of transformers' decoders pass the hidden state first, or by this name.
+    hidden, args = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
+    return hidden, BlockArguments(args, {name: value for name, value in kwargs.items() if name != "hidden_states"})
 
 
 def record_arguments(source: BlockSource, ids: Tensor) -> list[BlockArguments]:
@@ -119,35 +131,28 @@ def learn_tuple_lengths(source: BlockSource, sequences: Tensor) -> None:
             hidden, arguments = entering(source, index, ids)
             with source.open_block(index):
                 output = block(hidden, *arguments.args, **arguments.kwargs)
-            source.tuple_lengths[type(block)] = len(output) if isinstance(output, tuple) else 0
+            source.tuple_lengths[type(block)] = len(output) if isinstance(output, tuple | list) else 0
 
 
-def refuse_arguments_that_depend_on_the_text(source: BlockSource, sequences: Tensor) -> None:
-    """Refuse a model whose blocks receive other arguments for another text: those of one batch are used for all.
+def arguments_depend_on_the_text(source: BlockSource, sequences: Tensor) -> bool:
+    """Whether blocks receive other arguments for another text, such as embeddings of the tokens for each block.
 
     Args:
         source: the model.
         sequences: token ids (sequences, length); two short pieces of them are compared.
-
-    Raises:
-        InputError: naming the first block whose arguments differ.
     """
     length = min(PROBE_TOKENS, sequences.numel() // 2)
     pieces = sequences.flatten()[: 2 * length].reshape(2, length)
     first, second = (record_arguments(source, piece[None]) for piece in pieces)
-    for index, (a, b) in enumerate(zip(first, second, strict=True)):
-        if not _same(list(a.args), list(b.args)) or not _same(a.kwargs, b.kwargs):
-            raise InputError(
-                f"block {index} of {type(source.model).__name__} receives arguments that depend on the text: "
-                "this architecture is not supported"
-            )
+    return not all(same(a.args, b.args) and same(a.kwargs, b.kwargs) for a, b in zip(first, second, strict=True))
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Whether two arguments of a block hold equal tensors, in containers as well."""
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(same, a, b))
     return True  # flags, caches that are None, modules: none of them holds anything of the text

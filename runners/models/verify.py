@@ -95,13 +95,12 @@ def refuse_unused(folder: Path, names: Iterable[str]) -> None:
 
     Args:
         folder: of the checkpoint.
-        names: tensors that were not loaded. Only weights and biases count: old files also hold masks and rotary
-            frequencies.
+        names: tensors that were not loaded. Only weights count: old files also hold masks and rotary frequencies.
 
     Raises:
         InputError: naming the first.
     """
-    if unused := sorted(name for name in names if name.endswith((".weight", ".bias", "_proj"))):
+    if unused := sorted(name for name in names if name.endswith(".weight")):
         raise InputError(
             f"{folder} holds {unused[0]}, for which its config.json has no place ({len(unused)} are left over): the model "
             "would run without it"

@@ -1,5 +1,6 @@
 """One run, from preflight to its metrics on disk, and the unquantized run that it is compared with."""
 
+import dataclasses
 import logging
 import traceback
 from typing import Any
@@ -16,6 +17,7 @@ from runners.results.progress import Progress, owner_words, read_progress, remov
 from runners.results.run_folder import RunFolder
 from runners.run.preflight import RunInputs, preflight, run_environment
 from runners.run.stages import Stages
+from runners.run.walk import walk_rounding
 from runners.storage.files import check_writable
 from runners.tracking.tracker import RunTracker, track
 
@@ -111,11 +113,14 @@ def _measure(settings: Settings, folder: RunFolder, progress: Progress, tracker:
     progress.stage = "preflight"
     folder.write_config(settings.resolved())
     inputs = preflight(settings)
-    folder.write_json("environment.json", run_environment(inputs))
+    environment = run_environment(inputs)
+    folder.write_json("environment.json", environment)
     log.info("%s", _headline(settings, inputs))
     progress.stage = "load"
     torch.manual_seed(settings.run.seed)
     stages = Stages.open(settings, inputs, folder.path)
+    if (rounding := walk_rounding(settings, inputs, stages.source)) is not None:
+        folder.write_json("environment.json", environment | {"walk": dataclasses.asdict(rounding)})
     progress.stage = "quantize"
 
     def on_layer(record: LayerRecord) -> None:

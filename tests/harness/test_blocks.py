@@ -1,6 +1,8 @@
 """The walk over the blocks: it must be the model's own forward pass, for every family."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,12 +10,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from baselines.gptq import GPTQ
+from quantease.grid import GridSpec
 from runners.errors import InputError
 from runners.models.activations import BlockActivations
 from runners.models.blocks import InMemoryModel, check_coverage, decoder_blocks, linear_layers, other_matrices
 from runners.models.memory import Memory
+from runners.models.walk_check import check_walk
+from runners.quantization.finished_blocks import FinishedBlocks
 from runners.quantization.input_statistics import input_groups, input_statistics
 from tests.families import FAMILIES, random_ids, random_model
+from tests.quantize import quantize
 
 # Which layers share an input, in the order in which the block uses them.
 SHARED = {
@@ -187,7 +194,7 @@ def test_activations_that_are_not_finite_are_noticed_and_go_no_further() -> None
         walk.advance(0)
 
 
-def test_arguments_that_depend_on_the_text_are_refused() -> None:
+def test_arguments_that_depend_on_what_earlier_blocks_make_are_refused() -> None:
     model = random_model("opt")
     decoder = model.model.decoder
     forward = decoder.layers[1].forward
@@ -196,11 +203,11 @@ def test_arguments_that_depend_on_the_text_are_refused() -> None:
         lambda _m, args, kwargs: (args, kwargs | {"extra": args[0] if args else kwargs["hidden_states"]}),
         with_kwargs=True,
     )
-    with pytest.raises(InputError, match=r"block 1 .* depend on the text"):
-        BlockActivations(InMemoryModel(model), random_ids(2), batch_size=2)
+    with pytest.raises(InputError, match="block 1 receives another extra where the blocks before it run"):
+        check_walk(InMemoryModel(model), random_ids(2))
 
 
-@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("family", ["opt", "llama", "gemma4"])
 def test_activations_in_host_memory_change_nothing(family: str) -> None:
     """Run on a GPU where there is one, with copies ahead of the work; else the bookkeeping alone."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -219,3 +226,33 @@ def test_activations_in_host_memory_change_nothing(family: str) -> None:
         far.advance(index)
     for mine, theirs in zip(near.hidden, far.hidden, strict=True):
         assert torch.equal(mine.cpu(), theirs)
+
+
+def test_shared_keys_travel_with_their_batch() -> None:
+    """However often a block is run before it advances, and however its batches are divided."""
+    model, ids = random_model("gemma4"), random_ids(7)
+    whole, divided = BlockActivations(InMemoryModel(model), ids, 3), BlockActivations(InMemoryModel(model), ids, 7)
+    for index, size in enumerate([4, 2, 1, 5]):
+        for walk in (whole, divided):
+            list(walk.run(index))
+            walk.sample(index)
+        divided.memory.batch_size = size
+        whole.advance(index)
+        divided.advance(index)
+    assert [sorted(shared) for shared in whole.shared] == [["shared_kv_states"]] * 3
+    torch.testing.assert_close(divided.hidden[0], torch.cat(whole.hidden))
+    expected = torch.cat([model(batch, use_cache=False).logits for batch in ids.split(3)])
+    assert torch.equal(torch.cat([whole.logits(hidden) for hidden in whole.hidden]), expected)
+
+
+def test_a_run_with_shared_keys_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    def run(folder: Path) -> dict[str, bytes]:
+        finished = FinishedBlocks(folder, {})
+        quantize(InMemoryModel(random_model("gemma4")), random_ids(5), 2, GPTQ(), GridSpec(3), finished=finished)
+        return {file.name: file.read_bytes() for file in sorted((folder / "checkpoint").glob("*.safetensors"))}
+
+    expected = run(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    (tmp_path / "killed" / "checkpoint" / "block-00003.json").unlink()
+    assert len(expected) == 4
+    assert run(tmp_path / "killed") == expected

@@ -53,11 +53,11 @@ def test_batches_are_halved_until_they_fit(monkeypatch: pytest.MonkeyPatch) -> N
     through: Callable[..., torch.Tensor] = BlockActivations._run_block
     sizes: list[int] = []
 
-    def small(self: BlockActivations, index: int, part: torch.Tensor) -> torch.Tensor:
+    def small(self: BlockActivations, index: int, part: torch.Tensor, first: int) -> torch.Tensor:
         sizes.append(len(part))
         if len(part) > 2:
             raise FULL
-        return through(self, index, part)
+        return through(self, index, part, first)
 
     expected = quantized(RTN(), Memory())
     monkeypatch.setattr(BlockActivations, "_run_block", small)
