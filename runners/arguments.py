@@ -21,8 +21,11 @@ it. argparse does the parsing; this module only turns signatures into its argume
 
 import argparse
 import inspect
+import os
+import re
 import sys
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
@@ -98,7 +101,7 @@ def _options(words: Sequence[str], several: dict[str, bool], takes_any: bool) ->
     free: dict[str, str] = {}
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
-        if not equals:
+        if not equals or _is_path(word, name):
             options.append(word)
         elif name in several:
             settings += [f"--{name}", *filter(None, value.split(","))] if several[name] else [f"--{name}={value}"]
@@ -107,6 +110,11 @@ def _options(words: Sequence[str], several: dict[str, bool], takes_any: bool) ->
         else:
             raise _unknown(name, several)
     return options + settings, free
+
+
+def _is_path(word: str, name: str) -> bool:
+    """Whether a word with an equals sign, such as `results/a (b), c=d`, is a path or a name, and not a setting."""
+    return re.fullmatch(r"[\w./-]+", name) is None or (os.sep in name and Path(word).exists())
 
 
 def _parser(

@@ -44,10 +44,10 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     # Intermixed: otherwise argparse takes the settings before an option for all that there are.
     options, unknown = parser.parse_known_intermixed_args(list(arguments))
     if unknown:
-        name = unknown[0].lstrip("-").partition("=")[0] or "name"
+        name, _, value = unknown[0].lstrip("-").partition("=")
         raise InputError(
-            f"there is no option {unknown[0]}: settings are written without dashes, {name}=value; the options are -m, "
-            "--help, --cfg job and those of python run.py --hydra-help"
+            f"there is no option {unknown[0]}: settings are written without dashes, as {name or 'name'}="
+            f"{value or 'VALUE'}; the options are -m, --help, --cfg job and those of python run.py --hydra-help"
         )
     settings = Counter(options.overrides)
     flags = []

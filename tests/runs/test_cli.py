@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from runners import cli
-from runners.config.command_line import check
+from runners.config.command_line import check, configuration, read
+from runners.config.hydra_internals import parse_arguments
 from runners.config.settings import Settings
 from runners.errors import InputError
 from tests.conftest import PROJECT
@@ -86,6 +87,112 @@ def test_the_sentence_is_all_there_is(
 def test_a_wrong_value_anywhere_in_a_sweep_stops_it_before_it_starts() -> None:
     with pytest.raises(InputError, match="bits must lie in 2 to 8, not 9"):
         check(["method=rtn,gptq", "bits=2,9"], multirun=True)
+
+
+SEEDS = {
+    "sort(range(0,5,2),reverse=true)": [4, 2, 0],
+    "sort(range(0,5,2))": [0, 2, 4],
+    "sort(range(5,0,-2))": [1, 3, 5],
+    "sort(3,1,2)": [1, 2, 3],
+    "sort(choice(3,1),reverse=false)": [1, 3],
+    "range(1,4)": [1, 2, 3],
+    "choice(7)": [7],
+}
+
+
+@pytest.mark.parametrize("expression", SEEDS)
+def test_a_sweep_over_a_list_has_its_values_in_order(expression: str) -> None:
+    cells = check(["method=rtn", f"seed={expression}"], multirun=True)
+    assert [cell.run.seed for cell in cells] == SEEDS[expression]
+
+
+def test_what_starts_the_cells_reads_the_values_that_were_checked() -> None:
+    with configuration():
+        command = read(["method=glob(gptq*)", "seed=shuffle(range(0,5))"], multirun=True)
+    seeds = [cell.run.seed for cell in command.cells][:5]
+    assert sorted(seeds) == [0, 1, 2, 3, 4]
+    assert [cell.run.method.name for cell in command.cells] == ["gptq"] * 5 + ["gptq_quantease"] * 5
+    assert list(command.composed.hydra.overrides.task) == [
+        "method=gptq,gptq_quantease",
+        f"seed={','.join(map(str, seeds))}",
+    ]
+
+
+NO_SWEEPS = {
+    "method=glob(zzz*)": "method=glob(zzz*) names no value: there are awq, fp16",
+    "seed=glob(*)": "glob chooses among the files of a group",
+    "seed=range(5,0)": "seed=range(5,0) names no value",
+    "seed=range(0,5,0)": "must not be zero",
+    "seed=range(0,1e9)": "names more than 10,000 values",
+    "seed=interval(0,3)": "has no list of values: use a,b or range(start,stop,step)",
+    "seed=sort(3,a)": "cannot be read",
+    "seed=many(3)": "Unknown function 'many'",
+    "hydra.sweeper.params.bits=3,4": "a setting of Hydra's own has one value",
+    "bits@group=3,4": "is not a setting",
+}
+
+
+@pytest.mark.parametrize("argument", NO_SWEEPS)
+def test_a_sweep_without_a_list_of_values_is_refused(argument: str) -> None:
+    with pytest.raises(InputError) as error:
+        check([argument], multirun=True)
+    assert NO_SWEEPS[argument] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_the_option_of_a_sweep_may_be_anywhere(place: int) -> None:
+    settings = ["method=rtn", "bits=3,4", "seed=1"]
+    options, words = parse_arguments([*settings[:place], "-m", *settings[place:]])
+    assert options.multirun
+    assert options.overrides == settings
+    assert words == ["-m", *settings]  # which Hydra's own parser understands
+
+
+NO_OPTIONS = {
+    "--method=gptq": "there is no option --method=gptq: settings are written without dashes, as method=gptq",
+    "--method gptq": "there is no option --method",
+    "-1": "'-1' is not a setting: settings are written as name=value",
+    "--multi bits=2,3": "there is no option --multi",
+    "--help=method": "ignored explicit argument 'method'",
+    "--cfg": "expected one argument",
+    "--cfg method": "invalid choice: 'method'",
+    "--cfg job metod=gptq": "there is no setting metod: did you mean method?",
+    "--cfg job method=gtpq": "there is no method=gtpq: did you mean gptq?",
+    "--experimental-rerun run.pickle": "reads a pickle, which can run any code",
+    "help": "'help' is not a setting: settings are written as name=value",
+}
+
+
+@pytest.mark.parametrize("line", NO_OPTIONS)
+def test_an_option_that_is_none_gets_a_sentence_and_no_usage_page(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", *line.split()])
+    with pytest.raises(SystemExit) as leaving:
+        cli.start(lambda: pytest.fail("nothing may run"))
+    assert leaving.value.code == cli.WRONG_INPUT
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert NO_OPTIONS[line] in printed.err
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", ["--help method", "metod=gptq -h", "bits=9 --help"])
+def test_help_is_shown_whatever_else_is_typed(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", *line.split()])
+    shown: list[list[str]] = []
+    cli.start(lambda: shown.append(sys.argv[1:]))
+    assert shown == [["--help"]]
+
+
+def test_a_reader_that_stops_reading_ends_the_program_quietly() -> None:
+    answer = subprocess.run(
+        ["bash", "-c", f"{sys.executable} run.py --help | head -n 1"], capture_output=True, text=True, cwd=PROJECT
+    )
+    assert answer.stdout.startswith("QuantEase Bench")
+    assert answer.stderr == ""
 
 
 def test_a_group_size_that_does_not_divide_names_the_layer(tmp_path: Path) -> None:
