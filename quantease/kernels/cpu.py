@@ -5,7 +5,9 @@ separate loops over short arrays and not one long loop, as each of them is then 
 share nothing: each has rows of its own.
 """
 
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
@@ -14,6 +16,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from quantease.kernels import Columns
+
+log = logging.getLogger(__name__)
 
 ROWS = 64  # taken together, at most: with 64 columns, values and work are 16 KiB each, of a cache of 32 KiB or more
 VECTOR = 16  # float32 in a 64-byte cache line and in the widest vector register: no two threads write to one line
@@ -49,9 +53,24 @@ def _arrays(columns: "Columns") -> tuple[np.ndarray, np.ndarray, np.ndarray, int
     return columns.scale.numpy(), columns.zero.numpy(), columns.group.numpy(), columns.max_code
 
 
-# cache: compiled code is kept on disk between processes. error_model: division by zero gives infinity, as in torch, and
-# not an exception, whose check would also keep loops from being vectorized. Not fastmath: it would reorder sums.
-@numba.njit(parallel=True, cache=True, error_model="numpy")
+def _compiled(**options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates a function to be compiled when it is first called, and its code to be kept on disk between processes.
+
+    error_model: division by zero gives infinity, as in torch, and not an exception, whose check would also keep loops from
+    being vectorized. Not fastmath: it would reorder sums.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        try:
+            return numba.njit(cache=True, error_model="numpy", **options)(function)
+        except RuntimeError as error:  # neither the folder of this file nor the user's cache folder can be written
+            log.debug("%s is compiled anew in every process: %s", function.__name__, error)
+            return numba.njit(error_model="numpy", **options)(function)
+
+    return decorate
+
+
+@_compiled(parallel=True)
 def _run(values, work, coupling, scale, zero, group, max_code, curvature, limit, threads):
     rows = values.shape[1]
     parts = (rows + ROWS * threads - 1) // (ROWS * threads) * threads  # equally many parts for each thread
@@ -62,7 +81,7 @@ def _run(values, work, coupling, scale, zero, group, max_code, curvature, limit,
         _run_rows(values, work, coupling, scale, zero, group, max_code, curvature, limit, first, count)
 
 
-@numba.njit(cache=True, error_model="numpy")
+@_compiled()
 def _run_rows(values, work, coupling, scale, zero, group, max_code, curvature, limit, first, count):
     block = values.shape[0]
     descends, rounds, keeps = len(curvature) > 0, len(group) > 0, len(limit) > 0
