@@ -18,7 +18,7 @@ from runners.errors import InputError
 from runners.names import check_name
 from runners.results import metrics
 from runners.tracking import content
-from runners.tracking.weights_and_biases import logged_in
+from runners.tracking.wandb_server import logged_in
 
 MAX_RUNS = 100  # per panel; W&B's own default of 10 would hide most cells of a study
 COLUMNS = (

@@ -1,8 +1,8 @@
 """`python -m runners.sync study=tiny`: send the offline runs of a study to W&B.
 
-Each run is sent once: W&B leaves a `.synced` file in its folder. Runs that have not ended are left out, and of several
-executions of the same cell all but the latest. Send a study from where it was made: W&B remembers the full paths of the
-tables that it has staged.
+Each run is sent once: W&B leaves a `.synced` file in its folder. Runs that have not ended are left out, as are those of
+which nothing was recorded, and of several executions of the same cell all but the latest. Send a study from where it was
+made: W&B remembers the full paths of the tables that it has staged.
 """
 
 import os
@@ -17,10 +17,12 @@ from runners.console import console
 from runners.errors import InputError
 from runners.names import check_name
 from runners.results.metrics import METRICS
-from runners.tracking.content import run_id
-from runners.tracking.weights_and_biases import OFFLINE, data_folder, logged_in
+from runners.tracking.content import run_id, without_attempt
+from runners.tracking.wandb_server import OFFLINE, logged_in
+from runners.tracking.weights_and_biases import data_folder
 
 WANDB = [sys.executable, "-m", "wandb"]
+HEADER = 7  # bytes at the start of a .wandb file: all that a process leaves which is killed at once
 PARALLEL_UPLOADS = 4  # runs of a study are small: an upload mostly waits for the server
 
 
@@ -61,12 +63,14 @@ def pending(study: Path) -> tuple[list[Path], Counter[str]]:
         raise InputError(
             f"{study / 'wandb'} has no offline runs: they are made with tracker=wandb without being logged in"
         )
-    latest = {_id(folder): folder for folder in folders}
+    latest = {_id(folder): folder for folder in folders if not is_empty(folder)}
     ended = {run_id(file.parent.name, study.name) for file in study.glob(f"*/*/{METRICS}")}
     to_send, left_out = [], Counter[str]()
     for folder in folders:
         if is_synced(folder):
             left_out["sent before"] += 1
+        elif is_empty(folder):
+            left_out["empty, as their process died at once"] += 1
         elif latest[_id(folder)] != folder:
             left_out["made again later"] += 1
         elif _id(folder) not in ended:
@@ -97,8 +101,13 @@ def is_synced(folder: Path) -> bool:
     return any(folder.glob("*.wandb.synced"))
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether nothing of an offline run was recorded."""
+    return all(file.stat().st_size <= HEADER for file in folder.glob("*.wandb"))
+
+
 def _id(folder: Path) -> str:
-    return folder.name.split("-", 3)[-1]  # offline-run-<time>-<id>
+    return without_attempt(folder.name.split("-", 3)[-1])  # offline-run-<time>-<id>
 
 
 if __name__ == "__main__":

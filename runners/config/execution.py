@@ -33,6 +33,8 @@ class Tracker:
             )
         if self.mode not in (None, "online", "offline"):
             raise ValueError(f"mode must be online, offline or null, not {self.mode}")
+        if len(self.project) > 128 or set(self.project) & set("/\\#?%:"):
+            raise ValueError(f"project must have at most 128 characters and none of / \\ # ? % :, not {self.project!r}")
 
 
 @dataclass(frozen=True)

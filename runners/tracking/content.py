@@ -3,6 +3,7 @@
 import math
 import re
 from collections import defaultdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ TABLES = ("layers", "sweeps", "windows")  # the run's files, as tables/<name>
 LAYER_ERROR_FIGURE = "figures/layer_error"
 SETTING = "setting"  # in the configuration: the same for runs that differ in their seeds alone, to group by
 CHECKPOINT = CHECKPOINT_SHA256  # a key of metrics.json
+
+HASH_DIGITS = 8
+ATTEMPT = "-attempt-"
+# W&B refuses a run with longer tags, name or id, in characters. An id also needs room for the number of an attempt.
+LONGEST_TAG, LONGEST_NAME, LONGEST_ID = 64, 128, 128 - len(ATTEMPT) - 1
 
 
 class Curves:
@@ -86,15 +92,40 @@ def title(settings: Settings) -> str:
 
 def run_id(run_name: str, study: str) -> str:
     """An id that is unique in a project even if two studies share a cell, and readable: W&B's viewer lists runs by it."""
-    return f"{run_name}-{re.sub(r'[^A-Za-z0-9_.-]', '_', study)}"
+    return cut(f"{run_name}-{identifier(study)}", LONGEST_ID)
+
+
+def attempt_id(run_id: str, attempt: int) -> str:
+    """The id for a run that W&B did not start at first, because it does not give back an id with which it has failed."""
+    return f"{run_id}{ATTEMPT}{attempt}" if attempt else run_id
+
+
+def without_attempt(run_id: str) -> str:
+    """The id that `attempt_id` was given."""
+    return re.sub(rf"{ATTEMPT}\d$", "", run_id)
+
+
+def identifier(name: str, allowed: str = "A-Za-z0-9_.-") -> str:
+    """A name with underscores for all other characters, and then a hash, so that two names never share an identifier."""
+    clean = re.sub(f"[^{allowed}]", "_", name)
+    return clean if clean == name else f"{clean}-{_hash(name)}"
+
+
+def cut(text: str, longest: int) -> str:
+    """A text of at most `longest` characters; where some are left out, it ends with a hash of all of them."""
+    return text if len(text) <= longest else f"{text[: longest - HASH_DIGITS - 1]}-{_hash(text)}"
+
+
+def _hash(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:HASH_DIGITS]
 
 
 def tags(settings: Settings) -> list[str]:
     """Tags to filter the runs of a project by."""
-    if not settings.run.quantizes:
-        return [settings.run.method.name, settings.run.model.name]
-    bits, seed = bits_words(settings.run.bits), f"seed {settings.run.seed}"
-    return [settings.run.method.name, settings.run.model.name, bits, _grid(settings), seed]
+    words = [settings.run.method.name, settings.run.model.name]
+    if settings.run.quantizes:
+        words += [bits_words(settings.run.bits), _grid(settings), f"seed {settings.run.seed}"]
+    return [cut(word, LONGEST_TAG) for word in words]
 
 
 def config(settings: Settings) -> dict[str, Any]:

@@ -28,9 +28,7 @@ class TrackioTracker:
             raise ValueError(f"trackio already writes to {TRACKIO_DIR}: a process can have one results folder")
         self._folder = folder
         self._curves = content.Curves()
-        self.where: str | None = (
-            f"TRACKIO_DIR={quote(str(store))} trackio show --project {quote(settings.execution.study)}"
-        )
+        self.where: str | None = f"TRACKIO_DIR={quote(str(store))} trackio show --project {_project(settings)}"
         self._run = _start(settings)
 
     def layer(self, record: LayerRecord) -> None:
@@ -73,10 +71,13 @@ def _start(settings: Settings) -> Any:
         def _get_username(self) -> None:
             return None
 
-    name = content.title(settings)
+    name, project = content.title(settings), _project(settings)
     with suppress(ValueError):  # the study has no run yet
-        for earlier in [run for run in trackio.Api().runs(settings.execution.study) if run.name == name]:
+        for earlier in [run for run in trackio.Api().runs(project) if run.name == name]:
             earlier.delete()  # the run is made again, and replaces it
-    return LocalRun(
-        None, settings.execution.study, None, name, group=settings.run.model.name, config=content.config(settings)
-    )
+    return LocalRun(None, project, None, name, group=settings.run.model.name, config=content.config(settings))
+
+
+def _project(settings: Settings) -> str:
+    """The study in the characters that trackio keeps: studies that differ in others would share their runs."""
+    return content.identifier(settings.execution.study, allowed="A-Za-z0-9_-")

@@ -90,7 +90,8 @@ def _start(settings: Settings, folder: Path) -> Backend | None:
     if settings.execution.tracker.name == "wandb":
         from runners.tracking.weights_and_biases import WandbTracker, start
 
-        return WandbTracker(start(settings), folder, settings)
+        run = start(settings)
+        return None if run is None else WandbTracker(run, folder, settings)
     if settings.execution.tracker.name == "trackio":
         from runners.tracking.dashboard import TrackioTracker
 

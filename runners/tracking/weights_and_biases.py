@@ -15,11 +15,13 @@ from runners.results.layers import LayerRecord
 from runners.results.metrics import Status
 from runners.tracking import content
 from runners.tracking.figures import layer_error_figure, pixels
+from runners.tracking.wandb_server import answers, is_disabled, logged_in
 
 log = logging.getLogger(__name__)
 
-INIT_TIMEOUT = 30  # seconds to wait for the server before going offline
-OFFLINE = ("offline", "disabled", "dryrun")  # values of WANDB_MODE with which W&B asks no server
+# With the seconds that `answers` may take, a run is offline within 20 seconds, with room for a busy machine.
+INIT_TIMEOUT = 8.0  # for a server that answers to take a run
+FINISH_TIMEOUT = 120.0  # for a server to take the rest of a run when it ends; W&B would wait until it does
 
 
 class WandbTracker:
@@ -62,50 +64,77 @@ class WandbTracker:
             self._run.log(media)
 
     def close(self) -> None:
-        """End the run, as failed unless it is known to have gone well."""
-        self._run.finish(exit_code=self._exit_code)
+        """End the run, as failed unless it is known to have gone well.
+
+        Raises:
+            TimeoutError: the server has not taken all of it. The rest is on disk.
+        """
+        try:
+            self._run.finish(exit_code=self._exit_code)
+        except TimeoutError as error:
+            folder = quote(str(self._run.settings.sync_dir))
+            raise TimeoutError(f"W&B has not taken all of the run: send the rest with wandb sync {folder}") from error
 
 
-def start(settings: Settings) -> Any:
-    """Start the W&B run of one cell."""
-    os.environ["WANDB_DATA_DIR"] = data_folder(settings.study_folder)
+def start(settings: Settings) -> Any | None:
+    """Start the W&B run of one cell; None if the user has disabled W&B.
+
+    Raises:
+        Exception: whatever W&B raises when it cannot even write a run to the study's folder.
+    """
+    _set_folders(settings.study_folder)
+    if is_disabled():
+        return None
+    settings.study_folder.mkdir(parents=True, exist_ok=True)
+    attempts = ["offline", "offline"]  # the second for a machine so busy that W&B's own process does not answer in time
+    if settings.execution.tracker.mode == "online" or (settings.execution.tracker.mode is None and logged_in()):
+        if answers():
+            attempts = ["online", *attempts]
+        else:
+            _warn_offline(settings, "no answer from its server")
+    for attempt, mode in enumerate(attempts[:-1]):
+        try:
+            return _start(settings, mode, attempt)
+        except Exception as error:  # of many classes, some of which W&B keeps to itself
+            _warn_offline(settings, str(error).split("\n")[0])
+    return _start(settings, attempts[-1], len(attempts) - 1)
+
+
+def _set_folders(study_folder: Path) -> None:
+    os.environ["WANDB_DATA_DIR"] = data_folder(study_folder)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.environ.get("HOME", "/")) / ".cache")
+    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    if not os.access(existing, os.W_OK):  # W&B would say so in the terminal, and show its log there
+        os.environ.setdefault("WANDB_CACHE_DIR", data_folder(study_folder))
+
+
+def _warn_offline(settings: Settings, reason: str) -> None:
+    log.warning("W&B does not answer (%s): tracking offline into %s", reason, settings.study_folder / "wandb")
+
+
+def _start(settings: Settings, mode: Any, attempt: int) -> Any:
     import wandb
 
-    mode = settings.execution.tracker.mode or ("online" if logged_in() else "offline")
-    settings.study_folder.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {
-        "project": settings.execution.tracker.project,
-        "entity": settings.execution.tracker.entity,
-        "id": content.run_id(settings.run_name, settings.execution.study),  # the same if it is run again, to replace it
-        "name": content.title(settings),
-        "group": settings.execution.study,
-        "job_type": content.job_type(settings),
-        "tags": content.tags(settings),
-        "config": content.config(settings),
-        "dir": str(settings.study_folder),
-        "settings": wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT, console="off"),
-    }
+    run_id = content.run_id(settings.run_name, settings.execution.study)
+    options: dict[str, Any] = {"silent": True, "console": "off"}
     if mode == "online":
-        try:
-            return wandb.init(mode="online", **options)
-        except wandb.Error as error:
-            where = settings.study_folder / "wandb"
-            log.warning("W&B does not answer (%s): tracking offline into %s", str(error).split("\n")[0], where)
-    return wandb.init(mode="offline", **options)
+        options |= {"init_timeout": INIT_TIMEOUT, "finish_timeout": FINISH_TIMEOUT, "finish_timeout_raises": True}
+    return wandb.init(
+        mode=mode,
+        project=settings.execution.tracker.project,
+        entity=settings.execution.tracker.entity,
+        id=content.attempt_id(run_id, attempt),  # the same if it is run again, to replace it
+        name=content.cut(content.title(settings), content.LONGEST_NAME),
+        group=settings.execution.study,
+        job_type=content.job_type(settings),
+        tags=content.tags(settings),
+        config=content.config(settings),
+        dir=str(settings.study_folder),
+        reinit="create_new",  # a run that could not be closed is not taken for this one
+        settings=wandb.Settings(**options),
+    )
 
 
 def data_folder(study_folder: Path) -> str:
     """The folder in which W&B keeps the files of tables until they are sent: with the runs, not in the user's home."""
     return str((study_folder / "wandb" / "data").absolute())
-
-
-def logged_in() -> bool:
-    """Whether W&B has credentials and is allowed to use them; never asks for any."""
-    if os.environ.get("WANDB_MODE") in OFFLINE:
-        return False
-    import wandb
-
-    try:
-        return bool(wandb.login(prompt=False, verify=False))
-    except wandb.Error:
-        return False

@@ -101,6 +101,22 @@ def test_a_run_that_is_made_again_replaces_what_it_was(toy_settings: ToySettings
     assert count == {"points": 13, "runs": 1}
 
 
+def test_studies_that_trackio_would_take_for_one_have_projects_of_their_own(
+    toy_settings: ToySettings, results: Path
+) -> None:
+    shown = []
+    for study in ("my.study", "mystudy", "my study"):
+        settings = toy_settings("method=fp16", "tracker=trackio", f"results={results}").replace(study=study)
+        with track(settings, settings.folder) as tracker:
+            assert tracker.where is not None
+            shown.append(tracker.where.split()[-1])
+            tracker.finish({"status": "done"}, [])
+        (count,) = rows(results, shown[-1], "SELECT COUNT(DISTINCT run_id) AS runs FROM metrics")
+        assert count == {"runs": 1}
+    assert len(set(shown)) == 3
+    assert shown[1] == "mystudy"
+
+
 def test_no_server_is_asked(toy_settings: ToySettings, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         pytest.fail("trackio has asked a server")

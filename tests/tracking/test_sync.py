@@ -1,5 +1,6 @@
 """Sending offline runs: which, once, and what is said; W&B's command is replaced by one that needs no account."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from runners import sync
 from runners.arguments import invoke
 from runners.errors import InputError
 from runners.run.experiment import run_cell
-from runners.tracking import weights_and_biases
+from runners.tracking import wandb_server
 from tests.conftest import ToySettings
 
 FAKE = """
@@ -27,7 +28,7 @@ pathlib.Path(os.environ["LOG"]).write_text(f"{sys.argv[1]} {len(folders)} {os.en
 def make_run(study: Path, time: str, name: str, ended: bool = True) -> Path:
     folder = study / "wandb" / f"offline-run-20260101_{time}-{name}-{study.name}"
     folder.mkdir(parents=True)
-    (folder / "run.wandb").touch()
+    (folder / "run.wandb").write_bytes(b":W&B\xd4\xee\x00" + bytes(100))
     if ended:
         (study / "toy" / name).mkdir(parents=True, exist_ok=True)
         (study / "toy" / name / "metrics.json").write_text("{}")
@@ -65,6 +66,31 @@ def test_only_ended_runs_are_sent_and_only_their_latest(study: Path) -> None:
     assert left_out == {"made again later": 1, "not ended yet": 1, "sent before": 1}
 
 
+@pytest.mark.parametrize("content", [b"", b":W&B\xd4\xee\x00", None], ids=["no bytes", "a header", "no file"])
+def test_what_is_empty_is_skipped_in_a_sentence(
+    content: bytes | None, study: Path, log: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "rtn-3b-aaaaaaaaaa"
+    kept = make_run(study, "000001", name)
+    empty = make_run(study, "000002", name)  # later than the other of its cell, and does not replace it
+    (empty / "run.wandb").unlink()
+    if content is not None:
+        (empty / "run.wandb").write_bytes(content)
+    assert sync.pending(study)[0] == [kept]
+    invoke(arguments(study), sync.main)  # without an error: there is nothing that could be sent
+    assert "1 of 1 runs sent, 1 empty, as their process died at once" in capsys.readouterr().out
+    assert log.read_text().startswith("sync 1 ")
+
+
+def test_a_second_attempt_is_a_run_of_its_cell(study: Path) -> None:
+    first = make_run(study, "000001", "rtn-3b-aaaaaaaaaa")
+    second = first.with_name("offline-run-20260101_000002-rtn-3b-aaaaaaaaaa-mine-attempt-1")
+    shutil.copytree(first, second)
+    folders, left_out = sync.pending(study)
+    assert folders == [second]
+    assert left_out == {"made again later": 1}
+
+
 def test_runs_are_sent_once(study: Path, log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, name in enumerate(("rtn-3b-aaaaaaaaaa", "gptq-3b-bbbbbbbbbb")):
         make_run(study, f"00000{number}", name)
@@ -96,7 +122,7 @@ def test_a_dry_run_sends_nothing(study: Path, log: Path, capsys: pytest.CaptureF
 
 def test_without_credentials_nothing_is_tried(study: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(study, "000001", "rtn-3b-aaaaaaaaaa")
-    monkeypatch.setattr(sync, "logged_in", weights_and_biases.logged_in)
+    monkeypatch.setattr(sync, "logged_in", wandb_server.logged_in)
     monkeypatch.setattr(wandb, "login", lambda **_: False)
     with pytest.raises(InputError, match="run wandb login, or set WANDB_API_KEY"):
         invoke(arguments(study), sync.main)

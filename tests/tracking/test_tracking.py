@@ -1,6 +1,8 @@
 """What is tracked of a run on W&B, read back from its offline files, and that a tracker never ends a run."""
 
+import dataclasses
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +15,11 @@ import wandb
 from safetensors.torch import load_file, save_file
 
 from runners.config.settings import Settings
+from runners.errors import InputError
 from runners.results.layers import LayerRecord
 from runners.run import experiment
 from runners.run.experiment import run_cell
-from runners.tracking import content
+from runners.tracking import content, weights_and_biases
 from runners.tracking.figures import layer_error_figure, pixels
 from runners.tracking.tracker import track
 from tests.conftest import ToySettings
@@ -156,6 +159,7 @@ def test_a_server_that_does_not_answer_leaves_the_run_offline(
         return init(**options)
 
     monkeypatch.setattr(wandb, "init", only_offline)
+    monkeypatch.setattr(weights_and_biases, "answers", lambda: True)
     settings = toy_settings("method=rtn", "tracker=wandb", "tracker.mode=online")
     assert run_cell(settings)["status"] == "done"
     assert [call["mode"] for call in calls] == ["online", "offline"]
@@ -172,7 +176,43 @@ def test_names_are_short_and_say_what_differs(toy_settings: ToySettings) -> None
     assert content.title(plain.reference()) == f"fp16 toy · {plain.reference().digest}"
     other = toy_settings("method=rtn", "bits=4", "seed=1")
     assert content.config(plain)[content.SETTING] == content.config(other)[content.SETTING]
-    assert content.run_id("rtn-4b-0123456789", "my study/#2?") == "rtn-4b-0123456789-my_study__2_"
+    assert content.run_id("rtn-4b-0123456789", "my study/#2?") == "rtn-4b-0123456789-my_study__2_-92b232fc"
+
+
+@pytest.mark.parametrize("name", ["m" * 100, "模型" * 20, "a model: 3%, #1 'it'"], ids=["long", "unicode", "marks"])
+def test_long_and_odd_names_lose_no_run(name: str, toy_settings: ToySettings) -> None:
+    settings = toy_settings("method=rtn", "tracker=wandb")
+    model = dataclasses.replace(settings.run.model, name=name)
+    settings = settings.replace(model=model, study=name.strip())
+    with track(settings, settings.folder) as tracker:
+        assert tracker.where is not None
+        tracker.finish({"status": "done"}, [])
+    (folder,) = (settings.study_folder / "wandb").glob("offline-run-*")
+    summary = subprocess.run(["wandb", "leet", "inspect", "--json", folder], capture_output=True, check=True).stdout
+    (start,) = [json.loads(line)["run"] for line in summary.splitlines() if json.loads(line)["type"] == "run"]
+    assert re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", start["run_id"])
+    assert start["tags"][1] == (name if len(name) <= 64 else content.cut(name, 64))
+    assert all(len(tag) <= 64 for tag in start["tags"])
+    assert len(start["display_name"]) <= 128
+
+
+@pytest.mark.parametrize("project", ["a/b", "100%", "p" * 129])
+def test_a_project_that_wandb_would_refuse_is_refused_at_once(project: str, toy_settings: ToySettings) -> None:
+    with pytest.raises(InputError, match=r"project must .*128 characters"):
+        toy_settings("method=rtn", "tracker=wandb", f"tracker.project={project}")
+
+
+def test_what_is_shortened_or_cleaned_stays_distinct() -> None:
+    longest = {content.cut("m" * 70 + end, content.LONGEST_TAG) for end in "ab"}
+    assert [len(tag) for tag in longest] == [64, 64]
+    assert content.cut("m" * 64, content.LONGEST_TAG) == "m" * 64
+    ids = [content.run_id("rtn-4b-0123456789", study) for study in ("模型", "数据", "my study", "my_study", "s" * 120)]
+    ids += [content.run_id("m" * 120 + "-4b-0123456789", "s"), content.run_id("m" * 120 + "-4b-9876543210", "s")]
+    assert len(set(ids)) == len(ids)
+    assert all(len(content.attempt_id(each, 2)) <= 128 for each in ids)
+    assert [content.without_attempt(content.attempt_id(each, n)) for each in ids for n in (0, 1)] == [
+        each for each in ids for _ in (0, 1)
+    ]
 
 
 def test_curves_of_two_layers_are_never_one() -> None:
