@@ -27,7 +27,7 @@ from runners.sweeps.isolation import record_dead_runs, run_isolated, sigterm_as_
 
 log = logging.getLogger(__name__)
 
-ONLY_SHOW = ("hydra_help", "cfg", "info", "shell_completion")  # Hydra's options that run nothing
+ONLY_SHOW = ("hydra_help", "cfg", "info")  # Hydra's options that run nothing
 OTHER_CONFIGURATION = ("config_dir", "config_name", "config_path")  # that read another than conf/config.yaml
 SIGPIPE = 128 + 13  # the exit code of a process whose reader, such as `head`, has closed the pipe
 
@@ -59,7 +59,9 @@ def _start(main: Callable[[], Any]) -> None:
         raise InputError("--experimental-rerun reads a pickle, which can run any code: give the settings themselves")
     # The help page shows no values, so a wrong setting must not keep anyone from it.
     sys.argv[1:] = ["--help"] if options.help else words
-    if options.help or any(getattr(options, name) for name in OTHER_CONFIGURATION):
+    if options.shell_completion and not re.match(r"(install|uninstall|query)=", " ".join(options.overrides)):
+        raise InputError("--shell-completion needs install=bash (or fish, zsh), uninstall=bash or query=bash")
+    if options.help or options.shell_completion or any(getattr(options, name) for name in OTHER_CONFIGURATION):
         main()
     elif any(getattr(options, name) for name in ONLY_SHOW):
         with configuration():

@@ -159,6 +159,7 @@ NO_OPTIONS = {
     "--cfg method": "invalid choice: 'method'",
     "--cfg job metod=gptq": "there is no setting metod: did you mean method?",
     "--cfg job method=gtpq": "there is no method=gtpq: did you mean gptq?",
+    "--shell-completion": "--shell-completion needs install=bash",
     "--experimental-rerun run.pickle": "reads a pickle, which can run any code",
     "help": "'help' is not a setting: settings are written as name=value",
 }
