@@ -10,10 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from runners.errors import InputError
+from runners.hub import download_snapshot
 from runners.models.blocks import decoder_blocks
-from runners.models.download import download_snapshot
-from runners.models.shards import INDEX, WHOLE, weight_files
-from runners.models.verify import check_config, check_tensors, check_tokenizer, refuse_unused
+from runners.models.quantized_already import refuse_quantized
+from runners.models.shards import INDEX, WHOLE, Shards, weight_files
+from runners.models.verify import check_config, check_tensors, check_tokenizer, refuse_unused, tensor_names
+from runners.models.weight_names import match_names
 
 MAX_SEQUENCE_LENGTH = 2048  # tokens: the papers' convention for calibration and perplexity
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -73,7 +75,7 @@ class Checkpoint:
     @property
     def stored_bits(self) -> int:
         """Bits per weight in the checkpoint."""
-        return torch.finfo(self.config.dtype or torch.float32).bits
+        return torch.finfo(self.config.dtype or Shards.of(self.folder).first_dtype()).bits
 
     @property
     def parameters(self) -> int:
@@ -110,6 +112,8 @@ def load(checkpoint: Checkpoint, model: Model, device: torch.device) -> nn.Modul
         InputError: a weight is missing, has another shape than config.json says, or is not finite.
     """
     dtype = getattr(torch, model.dtype) if model.dtype else "auto"
+    # Before the weights are read, and by the same rule as where they are read block by block.
+    refuse_unused(checkpoint.folder, match_names(checkpoint.skeleton, Shards.of(checkpoint.folder)).unused)
     transformers_logging.disable_progress_bar()
     try:
         loaded: Any
@@ -127,7 +131,6 @@ def load(checkpoint: Checkpoint, model: Model, device: torch.device) -> nn.Modul
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{checkpoint.folder} holds no weights for {missing[0]} ({len(missing)} are missing)")
-    refuse_unused(checkpoint.folder, info["unexpected_keys"])
     loaded = loaded.to(device).eval().requires_grad_(False)
     for name, parameter in loaded.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -162,7 +165,9 @@ def check_files(folder: Path) -> None:
         raise InputError(f"there is no folder {folder}: model.path must name a Hugging Face model folder")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no config.json, so it is not a Hugging Face model folder")
-    if not (files := weight_files(folder)):
+    files = weight_files(folder)
+    refuse_quantized(folder, tensor_names(files))  # first: its codes would be refused, too, but for a lesser reason
+    if not files:
         if any(found for pattern in PICKLES for found in folder.glob(pattern)):
             raise InputError(
                 f"the weights in {folder} are pickled, and unpickling runs code: convert them to safetensors, for example "

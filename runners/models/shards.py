@@ -1,7 +1,7 @@
 """The tensors of a checkpoint in its safetensors files: where each one is, and how to read it alone."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,26 +46,23 @@ class Shards:
                 raise InputError(f"{folder / file} does not hold the weight {name} that {index.name} places there")
         return cls({name: folder / file for name, file in mapped.items()})
 
-    def read(self, names: Iterable[str], device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def read(self, dtypes: Mapping[str, torch.dtype], device: torch.device) -> Iterator[tuple[str, Tensor]]:
         """Read tensors, file by file, with one file open at a time.
 
         Args:
-            names: of the tensors.
+            dtypes: name of each tensor to what it is converted to.
             device: where they are put.
-            dtype: what floating-point tensors are converted to; others, such as masks, keep their own.
 
         Yields:
             Name and tensor, in the order of the files. A copy: a view of the mapped file would keep all of it in memory.
         """
         by_file: dict[Path, list[str]] = {}
-        for name in names:
+        for name in dtypes:
             by_file.setdefault(self.file_of[name], []).append(name)
         for file, members in by_file.items():
             with safe_open(file, framework="pt") as opened:
                 for name in members:
-                    tensor = opened.get_tensor(name)
-                    wanted = dtype if tensor.is_floating_point() else tensor.dtype
-                    yield name, tensor.to(device=device, dtype=wanted, copy=True)
+                    yield name, opened.get_tensor(name).to(device=device, dtype=dtypes[name], copy=True)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, from the files' headers."""
@@ -76,11 +73,12 @@ class Shards:
         return found
 
     def first_dtype(self) -> torch.dtype:
-        """The type of the first floating-point tensor; float32 where there is none."""
-        for name, file in self.file_of.items():
+        """The type of the first floating-point tensor of the first file, as transformers asks; float32 where none is."""
+        for file in sorted(self.files):
             with safe_open(file, framework="pt") as opened:
-                if (tensor := opened.get_tensor(name)).is_floating_point():
-                    return tensor.dtype
+                for name in opened.keys():  # noqa: SIM118 - not a dictionary
+                    if (tensor := opened.get_tensor(name)).is_floating_point():
+                        return tensor.dtype
         return torch.float32
 
     def state(self) -> tuple[object, ...]:

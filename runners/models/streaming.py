@@ -1,7 +1,7 @@
 """A model that is never whole in memory: a skeleton, of which one decoder block at a time is read from the checkpoint.
 
 The weights outside the decoder blocks (embeddings, the last norm, the head) stay in memory. A block's weights are there only
-while it is open. Buffers, which hold no weights but tables such as rotary frequencies, are made with the skeleton.
+while it is open. Buffers, such as rotary frequencies, are made with the skeleton; those that are stored are read.
 """
 
 import copy
@@ -21,7 +21,7 @@ from runners.models.checkpoint import Checkpoint, Model, load
 from runners.models.memory import configure_malloc, trim_malloc
 from runners.models.shards import Shards
 from runners.models.verify import refuse_unused
-from runners.models.weight_names import stored_names, tied_weights, unmatched_weights, unused_tensors
+from runners.models.weight_names import WeightNames, match_names, unmatched_weights, weight_dtypes
 
 log = logging.getLogger(__name__)
 
@@ -49,32 +49,34 @@ class StreamedModel:
     Args:
         checkpoint: what the model is built from.
         shards: the checkpoint's tensors.
-        stored: for each weight its name in the files, from `stored_names`.
-        dtype: of the weights in memory.
+        names: which of them is which weight, from `match_names`.
+        dtype: of the weights in memory; some modules keep float32.
         device: where they are.
 
     Raises:
-        InputError: a weight is missing, or has another shape than config.json says.
+        InputError: a weight has another shape than config.json says.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, shards: Shards, stored: dict[str, str], dtype: torch.dtype, device: torch.device
+        self, checkpoint: Checkpoint, shards: Shards, names: WeightNames, dtype: torch.dtype, device: torch.device
     ) -> None:
-        with init_empty_weights(include_buffers=False):  # buffers are not stored: they are computed here
+        with init_empty_weights(include_buffers=False):  # most buffers are not stored: they are computed here
             # A copy, as from_config may write its choices into the config that the run reads later.
             self.model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), dtype=dtype)
         self.model.eval().requires_grad_(False)
+        _compute_buffers(self.model)
         self.blocks = decoder_blocks(self.model)
         self.device = device
         self.tuple_lengths: dict[type, int] = {}
-        self._folder, self._shards, self._dtype = checkpoint.folder, shards, dtype
-        self._prefix = next(name for name, module in self.model.named_modules() if module is self.blocks)
-        self._stored = stored
+        self._folder, self._shards, self._stored = checkpoint.folder, shards, names.stored
+        self._dtypes = weight_dtypes(self.model, dtype)
+        self._prefix = blocks_prefix(self.model)
         self._check_shapes()
-        tied = tied_weights(self.model, stored)
-        outside = [name for name in self._stored if not name.startswith(f"{self._prefix}.")]
-        self._fill(self.model, "", [name for name in outside if name not in tied])
-        self.model.tie_weights()  # after the originals are filled in, which the tied ones then are
+        self._fill(self.model, "", names.outside(self._prefix))
+        # By transformers' rule, after everything that is stored is there: a head that is stored, with other values than the
+        # embedding that config.json ties it to, stays what it is.
+        self.model.tie_weights(missing_keys=set(names.missing), recompute_mapping=False)
+        self.model.requires_grad_(False)
         for module in self.model.modules():  # one by one: model.to(device) cannot move weights that are not there
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(device)
@@ -83,7 +85,7 @@ class StreamedModel:
     def open_block(self, index: int) -> Iterator[nn.Module]:
         """Decoder block `index` with the checkpoint's weights, which leave the memory at the end."""
         # Read anew each time it is opened, so what was written to it is lost.
-        block, prefix = self.blocks[index], f"{self._prefix}.{index}."
+        block, prefix = self.blocks[index], f"{self._prefix}{index}."
         self._fill(block, prefix, [name for name in self._stored if name.startswith(prefix)])
         try:
             yield block
@@ -106,13 +108,26 @@ class StreamedModel:
 
     def _fill(self, module: nn.Module, prefix: str, names: list[str]) -> None:
         wanted = {self._stored[name]: name for name in names}
+        dtypes = {stored: self._dtypes[name] for stored, name in wanted.items()}
         state = {
-            wanted[stored].removeprefix(prefix): tensor
-            for stored, tensor in self._shards.read(wanted, self.device, self._dtype)
+            wanted[stored].removeprefix(prefix): tensor for stored, tensor in self._shards.read(dtypes, self.device)
         }
         # assign: the skeleton's weights have no memory to copy into. Not strict: these are only a part of the weights.
         module.load_state_dict(state, strict=False, assign=True)
         module.requires_grad_(False)
+
+
+def _compute_buffers(model: Any) -> None:
+    """Compute the buffers that are not stored, such as rotary frequencies, anew, as `from_pretrained` does at its end.
+
+    It computes them outside the context in which the model was built, where the default dtype was the model's: a table of
+    sines from bfloat16 angles is another one.
+    """
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # so that only buffers are computed
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)  # else the whole module is passed over
+    model.initialize_weights()
 
 
 def open_model(checkpoint: Checkpoint, model: Model, device: torch.device) -> BlockSource:
@@ -132,12 +147,18 @@ def open_model(checkpoint: Checkpoint, model: Model, device: torch.device) -> Bl
     if (state := shards.state()) not in _known_finite:
         shards.check_finite()
         _known_finite.add(state)
-    stored = stored_names(checkpoint.skeleton, shards)
-    refuse_unused(checkpoint.folder, unused_tensors(checkpoint.skeleton, shards, stored))
-    if unknown := unmatched_weights(checkpoint.skeleton, stored):
-        log.info("%s is stored under another name: loading %s as a whole", unknown[0], checkpoint.folder)
+    names = match_names(checkpoint.skeleton, shards)
+    refuse_unused(checkpoint.folder, names.unused)
+    if unknown := unmatched_weights(checkpoint.skeleton, names, blocks_prefix(checkpoint.skeleton)[:-1]):
+        log.info("%s is not stored as it is: loading %s as a whole", unknown[0], checkpoint.folder)
         return _RestoringModel(load(checkpoint, model, device))
-    return StreamedModel(checkpoint, shards, stored, _dtype(checkpoint, model, shards), device)
+    return StreamedModel(checkpoint, shards, names, _dtype(checkpoint, model, shards), device)
+
+
+def blocks_prefix(model: Any) -> str:
+    """What the names of the weights in the decoder blocks begin with, such as `model.layers.`."""
+    blocks = decoder_blocks(model)
+    return next(f"{name}." for name, module in model.named_modules() if module is blocks)
 
 
 def _dtype(checkpoint: Checkpoint, model: Model, shards: Shards) -> torch.dtype:

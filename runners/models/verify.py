@@ -28,10 +28,18 @@ READ_TOKENIZER = (
 NOT_COUNTS = ("max_window_layers",)
 MAX_COUNT = 10_000  # of anything but layers (heads, experts, labels): more than any model has, and harmless to build
 REFUSED_ENTRIES = {
-    "quantization_config": "says that the weights are quantized already: take the unquantized checkpoint",
     "transformers_weights": "takes its weights from a file of its own choice: delete that entry",
     "configuration_files": "stands for other files, which are not part of the run's identity: delete that entry",
 }
+
+
+def tensor_names(files: list[Path]) -> list[str]:
+    """The names of all tensors in safetensors files.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    return [name for file in files for name, _ in _tensors(file)]
 
 
 def check_tensors(files: list[Path]) -> int:
@@ -95,12 +103,13 @@ def refuse_unused(folder: Path, names: Iterable[str]) -> None:
 
     Args:
         folder: of the checkpoint.
-        names: tensors that were not loaded. Only weights count: old files also hold masks and rotary frequencies.
+        names: tensors that were not loaded. Only weights and biases count: old files also hold masks and rotary
+            frequencies.
 
     Raises:
         InputError: naming the first.
     """
-    if unused := sorted(name for name in names if name.endswith(".weight")):
+    if unused := sorted(name for name in names if name.endswith((".weight", ".bias", "_proj"))):
         raise InputError(
             f"{folder} holds {unused[0]}, for which its config.json has no place ({len(unused)} are left over): the model "
             "would run without it"
