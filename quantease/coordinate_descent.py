@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from quantease.conditioning import damp_rank_deficient
 from quantease.grid import Grid, GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from quantease.refit import refit
@@ -95,10 +96,20 @@ class QuantEase(LayerSolver):
             return self._descend(problem, problem.fit_grid(spec), problem.weight)
         problem = _remaining_problem(problem, start)
         answer = self._descend(problem, start.grid, start.grid.decode(start.codes))
-        return replace(start, codes=answer.codes, grid=answer.grid, history=answer.history)
+        return replace(
+            start,
+            codes=answer.codes,
+            grid=answer.grid,
+            damping=start.damping if answer.damping is None else answer.damping,
+            damping_raised=start.damping_raised or answer.damping_raised,
+            notes=start.notes + answer.notes,
+            history=answer.history,
+        )
 
     def _descend(self, problem: LayerProblem, grid: Grid, start: Tensor) -> QuantizedLayer:
-        hessian = hessian_with_positive_diagonal(problem)
+        # Published descent has no damping, and there is none but where the Hessian leaves many directions undetermined.
+        damped, damping, notes = damp_rank_deficient(problem.hessian)
+        hessian = hessian_with_positive_diagonal(damped)
         target = problem.weight.T  # everything from here on is (in, out)
         w_hat = start.T.clone(memory_format=torch.contiguous_format)
         residual = Residual(target, w_hat)
@@ -117,15 +128,17 @@ class QuantEase(LayerSolver):
             if may_stop and convergence.reached():
                 break
         for _ in range(self.grid_refits):
-            # The problem's own Hessian: with the unit curvature that sweeps give to dead inputs, their weights would
-            # pull at the scale.
-            grid = refit(w_hat, target, residual, problem.hessian, grid)
+            # The Hessian without the unit curvature that sweeps give to dead inputs: with it, their weights would pull at
+            # the scale.
+            grid = refit(w_hat, target, residual, damped, grid)
             track()
             for _ in range(self.sweeps_per_refit):
                 sweep(w_hat, target, residual, hessian, grid)
                 track()
         del residual  # the largest tensor here: its memory is needed for encoding
-        return QuantizedLayer(grid.encode(w_hat.T), grid, history=tuple(history))
+        raised = damping is not None
+        codes = grid.encode(w_hat.T)
+        return QuantizedLayer(codes, grid, damping=damping, damping_raised=raised, notes=notes, history=tuple(history))
 
 
 def _remaining_problem(problem: LayerProblem, start: QuantizedLayer) -> LayerProblem:

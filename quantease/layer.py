@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quantease.conditioning import faint_inputs
 from quantease.grid import Grid, GridSpec
 from quantease.sparse import Outliers
 
@@ -28,6 +29,8 @@ class LayerProblem:
         weight: (out, in), float32.
         hessian: (in, in), float32, symmetric, the sum of x x^T over the calibration tokens. A method's answer does not
             depend on its overall scale. A diagonal entry of zero marks a dead input, one that was zero in all tokens.
+            Inputs too small to be seen beside the others (`quantease.conditioning.FAINT`) are made dead here, so that
+            all methods round their weights to nearest.
         order: (in,), the place in the layer that each column of this problem has; None: its own.
         mean_input: (in,), the mean of |x| over the calibration tokens, which AWQ needs.
         siblings: weights (out of each, in) of the other layers that receive the same input, for methods whose layers
@@ -39,6 +42,16 @@ class LayerProblem:
     order: Tensor | None = None
     mean_input: Tensor | None = None
     siblings: tuple[Tensor, ...] = ()
+
+    def __post_init__(self) -> None:
+        faint = faint_inputs(self.hessian)
+        if not faint.any():
+            return
+        hessian = self.hessian.clone()  # the caller's own is left as it is
+        hessian[faint], hessian[:, faint] = 0, 0
+        object.__setattr__(self, "hessian", hessian)
+        if self.mean_input is not None:
+            object.__setattr__(self, "mean_input", self.mean_input.masked_fill(faint, 0))
 
     def permuted(self, order: Tensor) -> "LayerProblem":
         """The same problem with its input columns in another order."""
@@ -86,7 +99,7 @@ class LayerProblem:
 
     @cached_property
     def dead_columns(self) -> int:
-        """How many inputs were zero in all of the calibration data, so that nothing is known about their weights."""
+        """How many inputs were zero, or too small to be seen, in the calibration data: nothing is known of their weights."""
         return int((self.hessian.diagonal() == 0).sum())
 
 

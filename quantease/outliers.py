@@ -10,11 +10,12 @@ hard thresholding: the gradient of the objective with respect to S is -2 (W - W_
 L = 2 lambda_max(H) (equation 20), and a step of 1 / L followed by the projection never raises the objective.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from quantease.conditioning import damp_rank_deficient
 from quantease.coordinate_descent import Schedule
 from quantease.grid import Grid, GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
@@ -54,7 +55,8 @@ class OutlierQuantEase(LayerSolver):
             raise ValueError(f"outlier_ratio must lie in 0 to 1, not {self.outlier_ratio}")
 
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
-        hessian = hessian_with_positive_diagonal(problem)
+        damped, damping, notes = damp_rank_deficient(problem.hessian)  # as in coordinate_descent.py
+        hessian = hessian_with_positive_diagonal(damped)
         weight = problem.weight.T  # everything below is (in, out)
         sparse = weight * self._keep(self._first_sizes(weight, problem.hessian))  # S
         target = weight - sparse
@@ -63,7 +65,7 @@ class OutlierQuantEase(LayerSolver):
         grid = problem.fit_grid(spec, target.T)
         w_hat = target.clone(memory_format=torch.contiguous_format)
         residual = Residual(target, w_hat)  # W - W_hat - S
-        step = 1 / (SAFETY * largest_eigenvalue(problem.hessian))  # the 2 of the gradient and that of L cancel
+        step = 1 / (SAFETY * largest_eigenvalue(damped))  # the 2 of the gradient and that of L cancel
 
         history = []
         schedule, convergence = Schedule(self.num_iters, self.relax_every), Convergence(w_hat.device)
@@ -76,14 +78,15 @@ class OutlierQuantEase(LayerSolver):
             if may_stop and convergence.reached():
                 break
             if self._count(weight):
-                # The problem's own Hessian: S gets no gradient from dead inputs.
-                sparse = residual.hessian_product(problem.hessian).mul_(step).add_(sparse)
+                # Without the dead inputs' curvature: S gets no gradient from dead inputs.
+                sparse = residual.hessian_product(damped).mul_(step).add_(sparse)
                 sparse *= self._keep(sparse.abs())
                 target = weight - sparse
                 residual.update(target, w_hat)
             if self.track_objective:
                 history.append(problem.relative_error((w_hat + sparse).T))
-        return self._answer(w_hat, sparse, grid, tuple(history))
+        answer = self._answer(w_hat, sparse, grid, tuple(history))
+        return replace(answer, damping=damping, damping_raised=damping is not None, notes=notes)
 
     def _first_sizes(self, weight: Tensor, hessian: Tensor) -> Tensor:
         """The sizes (in, out) by which the first outliers are chosen; those of dead inputs come last.

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from quantease.grid import Grid
 from quantease.kernels import run_block
-from quantease.layer import LayerProblem
 from quantease.matmul import product, split
 
 # Columns of a column block, that is between two matrix products. More columns make the products more efficient and the
@@ -145,15 +144,15 @@ class Convergence:
         return not answer
 
 
-def hessian_with_positive_diagonal(problem: LayerProblem) -> Tensor:
+def hessian_with_positive_diagonal(hessian: Tensor) -> Tensor:
     """The Hessian; a copy in which dead inputs (always zero) have unit curvature, if there are any.
 
     H_jj is divided by. The row and column of a dead input are zero otherwise, so with H_jj = 1 its (D H)_j is D_j, its
     u_j is w_j itself, and it is rounded to nearest without any effect on other columns. Any positive number would do.
     """
-    if not problem.dead_columns:
-        return problem.hessian
-    hessian = problem.hessian.clone()
+    if hessian.diagonal().all():
+        return hessian
+    hessian = hessian.clone()
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1.0
     return hessian

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantease.grid import GridSpec
+from quantease.grid import Grid, GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported, join_rows, objective
 from runners.errors import InputError
 from runners.models.blocks import LinearLayer
@@ -141,9 +141,13 @@ class GroupSolver:
         layer, statistics = group.layers[name], group.statistics
         layer.replace(weight)
         # Errors are of `layer.weight`, not of `weight`: a float16 model rounds what is written to it.
-        held_out = None
+        held_out, worse_than_rounding, notes = None, False, list(quantized.notes)
         if statistics.held_out is not None:
             held_out = self._relative_error(problem.weight, layer.weight, statistics.held_out)
+            rounding = self._rounding_error(problem.weight, layer.weight.dtype, statistics.held_out)
+            worse_than_rounding = held_out > rounding
+            if worse_than_rounding:
+                notes.append(f"held-out error {held_out:.3g}, that of rounding to nearest is {rounding:.3g}")
         record = LayerRecord(
             block=group.block,
             layer=name,
@@ -158,10 +162,16 @@ class GroupSolver:
             damping_raised=quantized.damping_raised,
             dead_columns=problem.dead_columns,
             clipped_scales=quantized.grid.clipped_scales,
-            notes="; ".join(quantized.notes),
+            worse_than_rounding=worse_than_rounding,
+            notes="; ".join(notes),
             history=quantized.history,
         )
         return SolvedLayer(record, quantized)
+
+    def _rounding_error(self, weight: Tensor, dtype: torch.dtype, hessian: Tensor) -> float:
+        """The relative error of rounding to nearest on the run's grid, as a model of `dtype` would have it."""
+        grid = Grid.fit(weight, self.spec)
+        return self._relative_error(weight, grid.decode(grid.encode(weight)).to(dtype), hessian)
 
     def _relative_error(self, original: Tensor, written: Tensor, hessian: Tensor) -> float:
         """||W X - W_hat X||^2 / ||W X||^2; 0 where the layer's output is zero anyway.

@@ -21,12 +21,13 @@ class LayerRecord:
         bits_per_weight: everything that must be stored for the layer, per weight.
         outlier_ratio: the share of the weights that are kept in 16 bits.
         damping: what was really added to the Hessian's diagonal, as a fraction of its mean; None: nothing.
-        damping_raised: the factorization failed with the damping that was asked for, so more was added.
-        dead_columns: how many inputs are zero in all of the calibration data.
+        damping_raised: the Hessian could not be used with the damping that was asked for, so more was added.
+        dead_columns: how many inputs are zero, or too small to be seen, in all of the calibration data.
         clipped_scales: how many scales are at the smallest value of their format.
         non_finite: activations or the solver's weights were not finite.
         left_alone: the layer keeps its weights; `notes` gives the reason.
         notes: remarks of the solver, in words.
+        worse_than_rounding: the held-out error exceeds that of rounding to nearest on the run's grid; `notes` gives both.
         held_out_error: the relative error on calibration sequences that the solver has not seen; None: there were none.
         history: the relative error after each sweep, of a method with `track_objective` (`sweeps.csv`).
     """
@@ -47,6 +48,7 @@ class LayerRecord:
     left_alone: bool = False
     notes: str = ""
     held_out_error: float | None = None
+    worse_than_rounding: bool = False
     history: tuple[float, ...] = ()
 
     @property
@@ -55,7 +57,8 @@ class LayerRecord:
         return {name: value for name, value in asdict(self).items() if name != "history"}
 
 
-WARNINGS = ("damping_raised", "dead_columns", "clipped_scales", "non_finite", "left_alone")  # fields of a record
+# Fields of a record.
+WARNINGS = ("damping_raised", "dead_columns", "clipped_scales", "non_finite", "left_alone", "worse_than_rounding")
 
 
 def refuse_warnings(record: LayerRecord) -> None:

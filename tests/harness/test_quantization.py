@@ -17,8 +17,12 @@ from quantease.coordinate_descent import QuantEase
 from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from runners.errors import InputError
-from runners.models.blocks import InMemoryModel, decoder_blocks, linear_layers
+from runners.models.blocks import InMemoryModel, LinearLayer, decoder_blocks, linear_layers
+from runners.models.memory import Memory
+from runners.quantization.group_solver import GroupSolver, LayerGroup
+from runners.quantization.input_statistics import InputStatistics
 from runners.results.layers import WARNINGS, LayerRecord, refuse_warnings, summarize_layers
+from runners.timing import Phases
 from tests.families import FAMILIES, random_ids, random_model
 from tests.quantize import quantize
 
@@ -299,3 +303,22 @@ def test_methods_that_look_at_all_rows_are_given_each_layer_alone() -> None:
 
     records = run(random_model("llama"), Looks())
     assert shapes == [(record.out_features, record.in_features) for record in records]
+
+
+def test_a_layer_worse_than_rounding_on_held_out_sequences_is_said_so() -> None:
+    """GPTQ without damping on one calibration token, which says nothing about the others."""
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(256, 32, generator=torch.Generator().manual_seed(1))
+    for hessian, worse in ((x[:4].T @ x[:4] / 4, True), (x.T @ x / 256, False)):
+        module = torch.nn.Linear(32, 8, bias=False)
+        module.weight.data.copy_(weight)
+        statistics = InputStatistics(hessian, x.abs().mean(0), held_out=x.T @ x / 256)
+        group = LayerGroup(4, {"fc1": LinearLayer(module)}, statistics)
+        memory, phases = Memory(), Phases(torch.device("cpu"))
+        solver = GroupSolver(GPTQ(damping=1e-3), GridSpec(3), 32, memory, phases, lambda: None)
+        (solved,) = solver.solve(group)
+        assert solved.record.worse_than_rounding == worse
+        assert ("held-out error" in solved.record.notes) == worse
+        if worse:
+            with pytest.raises(InputError, match=r"worse than rounding: True .*rounding to nearest is 0\.\d+"):
+                refuse_warnings(solved.record)

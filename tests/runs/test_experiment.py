@@ -48,6 +48,7 @@ LAYER_COLUMNS = {
     "left_alone",
     "notes",
     "held_out_error",
+    "worse_than_rounding",
 }
 
 
