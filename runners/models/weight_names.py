@@ -3,7 +3,7 @@
 Files may use other names than the modules: old prefixes, names without the base model's prefix, weights that are tied to
 another and not stored at all. transformers keeps tables of these, and of modules that keep float32 whatever the model's
 dtype. They are used here, so that what is read block by block is what `from_pretrained` would load. The functions that are
-called are not part of its public interface: `tests/harness/test_loaders.py` holds both loaders to each other.
+called are not part of its public interface: `tests/models/test_loaders.py` holds both loaders to each other.
 """
 
 from dataclasses import dataclass

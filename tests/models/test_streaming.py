@@ -195,7 +195,7 @@ def test_the_memory_does_not_grow_with_the_depth(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
 def test_a_model_of_5_gb_goes_through_3_gb(tmp_path: Path) -> None:
-    """OPT-2.7b's shape; run with `pytest -m slow tests/harness/test_streaming.py` (5.3 GB of disk, some minutes)."""
+    """OPT-2.7b's shape; run with `pytest -m slow tests/models/test_streaming.py` (5.3 GB of disk, some minutes)."""
     folder = opt_folder(tmp_path / "opt-2.7b", 32, 2560, 50_272, torch.float16)
     assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) > 5.2e9
     metrics = run_capped(

@@ -12,7 +12,7 @@ from runners.errors import InputError
 from runners.models.checkpoint import Model, open_checkpoint
 from runners.models.quantized_already import refuse_quantized
 from tests.family_zoo import ALL_FAMILIES, NotBuilt, small_model
-from tests.harness.test_loaders import SAMPLE
+from tests.models.test_loaders import SAMPLE
 
 LAYER = "model.layers.0.mlp.down_proj"
 TENSORS = {  # what tools leave in the place of a layer's weight
