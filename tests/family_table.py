@@ -1,7 +1,6 @@
 """Every causal LM of the installed transformers, walked block by block and held against its own forward pass.
 
-`python -m tests.family_table` writes the table into the README of `runners/models`; with names of families it prints their
-verdicts.
+`python -m tests.family_table` writes the table into the README of `runners/models`; with names of families, their rows only.
 """
 
 import re
@@ -71,7 +70,11 @@ def verdict(model: Any) -> Verdict:
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(PROJECT / "runners" / "tiny" / file, folder)
         try:
-            return _compared(folder)
+            own: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        except Exception as error:
+            return Verdict("not built", f"transformers does not load what it saved: {type(error).__name__}")
+        try:
+            return _compared(folder, own)
         except InputError as error:
             return Verdict("refused", _general(str(error), model, folder))
         except Exception as error:
@@ -79,14 +82,16 @@ def verdict(model: Any) -> Verdict:
 
 
 @torch.no_grad()
-def _compared(folder: Path) -> Verdict:
+def _compared(folder: Path, model: Any) -> Verdict:
+    """The walk of a checkpoint, held against `model`, which transformers has loaded from it."""
     ids = token_ids(COUNT, LENGTH)
-    walked = [walked_logits(folder, ids, batch_size) for batch_size in BATCH_SIZES]
-    model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     worst = 0.0
-    for batch_size, mine in zip(BATCH_SIZES, walked, strict=True):
-        theirs = torch.cat([model(batch, use_cache=False).logits for batch in ids.split(batch_size)])
-        worst = max(worst, ((mine - theirs).abs().max() / theirs.abs().max()).item())
+    for batch_size in BATCH_SIZES:
+        mine = walked_logits(folder, ids, batch_size).float()
+        theirs = torch.cat([model(batch, use_cache=False).logits for batch in ids.split(batch_size)]).float()
+        assert torch.isfinite(theirs).all(), "the model's own logits are not finite"
+        if not torch.equal(mine, theirs):
+            worst = max(worst, ((mine - theirs).abs().max() / theirs.abs().max()).nan_to_num(torch.inf).item())
     if worst == 0:
         return Verdict("equal")
     if worst <= ROUNDING:
@@ -136,7 +141,7 @@ def table(found: dict[str, str]) -> str:
         names.setdefault(verdict, []).append(name)
     order = sorted(names, key=lambda verdict: (STATES.index(verdict.split(":")[0]), -len(names[verdict])))
     lines = [f"With {versions()}:", "", "| verdict | families | names |", "|---|---:|---|"]
-    lines += [f"| {verdict} | {len(names[verdict])} | {', '.join(names[verdict])} |" for verdict in order]
+    lines += [f"| {verdict} | {len(names[verdict])} | {', '.join(sorted(names[verdict]))} |" for verdict in order]
     return "\n".join(lines)
 
 
@@ -145,12 +150,18 @@ def is_of_these_versions() -> bool:
     return f"With {versions()}:" in README.read_text(encoding="utf-8")
 
 
-def committed(family: str) -> dict[str, str]:
-    """Verdict by name, as the committed table has it."""
+def committed() -> dict[str, str]:
+    """Verdict to names, as the committed table has them."""
     text = README.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
-    rows = re.findall(r"^\| (\w.*?) \| \d+ \| (.*) \|$", text, re.MULTILINE)
-    found = {name: verdict for verdict, names in rows for name in re.findall(r"[\w-]+(?: \([^)]*\))?", names)}
-    return {name: verdict for name, verdict in found.items() if name.split(" ")[0] == family}
+    return dict(re.findall(r"^\| (\w.*?) \| \d+ \| (.*) \|$", text, re.MULTILINE))
+
+
+def committed_of(family: str) -> dict[str, str]:
+    """Verdict by name, for the family or its variants."""
+    each = {
+        name: verdict for verdict, names in committed().items() for name in re.findall(r"[\w-]+(?: \(.*?\))?", names)
+    }
+    return {name: verdict for name, verdict in each.items() if name.split(" ")[0] == family}
 
 
 @contextmanager
@@ -160,7 +171,8 @@ def limited() -> Iterator[None]:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, hard))
+    if not torch.cuda.is_available():  # whose driver reserves more than there is
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, hard))
     try:
         yield
     finally:
@@ -169,17 +181,17 @@ def limited() -> Iterator[None]:
 
 
 def main(families: list[str]) -> None:
-    """Print the verdicts of some families, or write the table of all."""
+    """Write the rows of some families, or of all."""
     found: dict[str, str] = {}
     with limited():
         for family in families or ALL_FAMILIES:
             answers = named(family)
             print(*(f"{name}: {verdict}" for name, verdict in answers.items()), sep="\n", flush=True)
             found |= answers
-    if not families:
-        text = README.read_text(encoding="utf-8")
-        head, tail = text.split(BEGIN)[0], text.split(END)[1]
-        README.write_text(f"{head}{BEGIN}\n{table(found)}\n{END}{tail}", encoding="utf-8")
+    for family in set(ALL_FAMILIES) - set(families) if families else ():
+        found |= committed_of(family)
+    head, tail = README.read_text(encoding="utf-8").split(BEGIN)[0], README.read_text(encoding="utf-8").split(END)[1]
+    README.write_text(f"{head}{BEGIN}\n{table(found)}\n{END}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,14 +18,16 @@ ALL_FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCABULARY = 4099  # the bundled tokenizer's 4,096, and a few rows that no text reaches
 LARGEST = 3_000_000  # parameters; a family that cannot be made smaller has a size that its configuration does not name
 BLOCKS = 3
-VARIANTS = ("untied", "tied", "encoder")  # `encoder`: a causal LM by name, whose attention also looks ahead
+SHARPER = 4.0  # times the matrices of transformers' initialization, whose predictions are nearly even
+DTYPES = {"bfloat16": torch.bfloat16}
+VARIANTS = ("untied", "tied", "bfloat16", "encoder")  # `encoder`: a causal LM by name, whose attention also looks ahead
 
 
 class NotBuilt(Exception):
     """The family has no such variant, or its configuration cannot be made small."""
 
 
-def _sizes(hidden: int, inner: int, heads: int, head: int) -> dict[str, Any]:
+def _sizes(hidden: int, inner: int, heads: int, head: int, experts: int) -> dict[str, Any]:
     """What the entries of a configuration are set to, for all names that families have for them."""
     names: list[tuple[float, str]] = [
         (VOCABULARY, "vocab_size unpadded_vocab_size vocab_size_per_layer_input"),
@@ -44,8 +46,8 @@ def _sizes(hidden: int, inner: int, heads: int, head: int) -> dict[str, Any]:
         (2 * head, "qk_head_dim"),
         (2 * hidden, "mamba_d_ssm"),
         (2 * hidden // heads, "mamba_d_head attention_head_dim"),
-        (20, "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size q_lora_rank"),
-        (20, "kv_lora_rank expert_ffn_hidden_size shared_experts_intermediate_size nemo_hidden_size"),
+        (experts, "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size q_lora_rank"),
+        (experts, "kv_lora_rank expert_ffn_hidden_size shared_experts_intermediate_size nemo_hidden_size"),
         (64, "max_position_embeddings n_positions n_ctx max_seq_len seq_length max_sequence_length model_max_length"),
         (8, "sliding_window sliding_window_size window_size attention_window_size state_size mamba_d_state"),
         (8, "ssm_state_size d_rel rel_extent hidden_size_per_layer_input"),
@@ -65,8 +67,8 @@ def _sizes(hidden: int, inner: int, heads: int, head: int) -> dict[str, Any]:
 
 
 WIDTHS = {  # tried in this order: odd widths show what only holds for multiples of 8
-    "odd": _sizes(hidden=36, inner=44, heads=6, head=6),
-    "even": _sizes(hidden=32, inner=48, heads=4, head=8),
+    "odd": _sizes(hidden=36, inner=44, heads=6, head=6, experts=20),
+    "even": _sizes(hidden=32, inner=48, heads=4, head=8, experts=24),
 }
 WITHOUT = ((), ("head_dim",), ("num_key_value_heads",), ("head_dim", "num_key_value_heads"))  # left at their defaults
 
@@ -150,13 +152,13 @@ def small_model(family: str, variant: str = "untied", seed: int = 0) -> Any:
     failures: list[Exception] = []
     for entries in _small_entries(family, variant):
         try:
-            model = _build(CONFIG_MAPPING[family], entries, seed)
+            model = _build(CONFIG_MAPPING[family], entries, DTYPES.get(variant, torch.float32), seed)
         except NotBuilt as failure:
             failures.append(failure)
             continue
-        if _variant(model, variant) != variant:
+        if not _is_of(model, variant):
             raise NotBuilt(f"there is no such variant: {variant}")
-        return _sharpen(model)
+        return model
     raise NotBuilt("; ".join(dict.fromkeys(str(failure) for failure in failures)))
 
 
@@ -198,7 +200,7 @@ def _shrunk(entries: dict[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
     return small
 
 
-def _build(make: type[PretrainedConfig], entries: dict[str, Any], seed: int) -> Any:
+def _build(make: type[PretrainedConfig], entries: dict[str, Any], dtype: torch.dtype, seed: int) -> Any:
     try:
         config = make(**entries)
         with torch.device("meta"):
@@ -207,22 +209,29 @@ def _build(make: type[PretrainedConfig], entries: dict[str, Any], seed: int) -> 
         if count > LARGEST:
             raise NotBuilt(f"{count:,} parameters, however small its sizes")
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        model: Any = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        model = _sharpen(model, seed).to(dtype)
         model(token_ids(2, 12), use_cache=False)
         return model
     except Exception as error:
         raise NotBuilt(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
-def _variant(model: Any, wanted: str) -> str:
-    if wanted == "encoder":
-        return "untied" if getattr(model.config, "is_decoder", True) else "encoder"
+def _is_of(model: Any, variant: str) -> bool:
+    """Whether the configuration did what the variant asks for."""
+    if variant == "encoder":
+        return not getattr(model.config, "is_decoder", True)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return "tied" if head is not None and head.weight is embedding.weight else "untied"
+    is_tied = head is not None and head.weight is embedding.weight
+    return variant == "bfloat16" or is_tied == (variant == "tied")
 
 
-def _sharpen(model: Any, factor: float = 4.0) -> Any:
-    for parameter in model.parameters():
-        if parameter.ndim >= 2:
-            parameter.mul_(factor)
+def _sharpen(model: Any, seed: int) -> Any:
+    """Larger matrices, so that what is left out shows; and no vector or buffer that is stored keeps its initial value."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in {id(tensor): tensor for tensor in model.state_dict().values()}.values():
+        if tensor.is_floating_point() and tensor.ndim >= 2:
+            tensor.mul_(SHARPER)
+        elif tensor.is_floating_point():
+            tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
     return model
