@@ -34,6 +34,7 @@ COUNT, LENGTH = 5, 24  # longer than the sliding windows
 BATCH_SIZES = (2, 3)  # neither divides the count
 ROUNDING = 1e-5  # of the largest logit: where the walk and the model add in another order
 MEMORY = 8 << 30  # bytes of a process that builds models: no mistake of a size shall take the machine along
+LONGEST = 300  # characters of a reason
 STATES = ("equal", "equal but for rounding", "refused", "different", "crashed", "not built")
 
 
@@ -114,8 +115,9 @@ def walked_logits(folder: Path, ids: Tensor, batch_size: int) -> Tensor:
 def _general(sentence: str, model: Any, folder: Path) -> str:
     """A sentence without what differs between models: one row of the table is for all that have the same reason."""
     sentence = " ".join(sentence.split()).replace(str(folder), "FOLDER").replace(type(model).__name__, "MODEL")
-    sentence = re.sub(r" \([^()]*(\([^()]*\)[^()]*)*\)", "", sentence)
-    return re.sub(r"\d+", "N", sentence)[:200]
+    sentence = re.sub(r"\((\d+, )+\d+\)", "SHAPE", sentence)
+    sentence = re.sub(r"(?<!not) \([^()]*(\([^()]*\)[^()]*)*\)", "", sentence)
+    return re.sub(r"\d+", "N", sentence)[:LONGEST]
 
 
 def named(family: str) -> dict[str, str]:
