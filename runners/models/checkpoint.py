@@ -182,7 +182,9 @@ def _sequence_length(config: Any) -> int:
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or getattr(text, "seq_length", None) or MAX_SEQUENCE_LENGTH
     if longest == -1 and "max_position_embeddings" not in text.to_dict():
-        longest = MAX_SEQUENCE_LENGTH  # XLNet's class says that its relative positions have no end; no entry of the file does
+        longest = (
+            MAX_SEQUENCE_LENGTH  # XLNet's class says that its relative positions have no end; no entry of the file does
+        )
     if type(longest) is not int or longest < 2:
         raise InputError(f"config.json says that the model takes {longest!r} tokens: it must be a number of at least 2")
     return min(longest, MAX_SEQUENCE_LENGTH)

@@ -21,6 +21,8 @@ RIGHT_REASONS = (  # why a family may be refused: a walk, one block after the ot
     "changes the predictions of tokens before it",  # an encoder: perplexity would mean nothing
     "does some work between the two",  # of two blocks
     "where the blocks before it run",  # state that earlier blocks have made
+    "is not what the walk has there",  # likewise
+    "depend on the batch size",  # likewise: state of one batch that reaches another
     "share",  # one weight in several blocks: its codes would have to fit the inputs of all
 )
 
@@ -31,9 +33,10 @@ def _limited() -> Iterator[None]:
         yield
 
 
-def _unrounded(verdicts: dict[str, str]) -> dict[str, str]:
+def _unrounded(family: str, verdicts: dict[str, str]) -> dict[str, str]:
     """The verdicts without the mention of a rounding, which depends on the processor and on where a file's tensors begin."""
-    return {name: verdict.removesuffix(" but for rounding") for name, verdict in verdicts.items()}
+    plain = {name: verdict.removesuffix(" but for rounding") for name, verdict in verdicts.items()}
+    return {family: "equal"} if set(plain.values()) == {"equal"} else plain
 
 
 def check(family: str) -> None:
@@ -42,7 +45,7 @@ def check(family: str) -> None:
         pytest.skip(f"transformers does not know {family}")
     found = family_table.named(family)
     if family_table.is_of_these_versions():
-        assert _unrounded(found) == _unrounded(family_table.committed_of(family))
+        assert _unrounded(family, found) == _unrounded(family, family_table.committed_of(family))
     else:  # the table is of other versions: what is not equal must at least be refused
         assert not [name for name, verdict in found.items() if verdict.startswith(("different", "crashed"))]
 
