@@ -6,6 +6,7 @@ The offline runs of a study are all in `results/<study>/wandb/`, where W&B's own
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -74,6 +75,8 @@ class WandbTracker:
         except TimeoutError as error:
             folder = quote(str(self._run.settings.sync_dir))
             raise TimeoutError(f"W&B has not taken all of the run: send the rest with wandb sync {folder}") from error
+        if self._run.settings.mode == "offline":
+            _wait_for_disk()
 
 
 def start(settings: Settings) -> Any | None:
@@ -133,6 +136,15 @@ def _start(settings: Settings, mode: Any, attempt: int) -> Any:
         reinit="create_new",  # a run that could not be closed is not taken for this one
         settings=wandb.Settings(**options),
     )
+
+
+def _wait_for_disk() -> None:
+    """Let W&B's own process end, and so write what it holds: a run that is finished may not be on disk for a while yet, and
+    that process is stopped without ceremony when the cell's process is gone."""
+    import wandb
+
+    with suppress(SystemExit):  # with which W&B passes on how that process has ended
+        wandb.teardown()
 
 
 def data_folder(study_folder: Path) -> str:
