@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quantease.grid import Grid, GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, objective
+from quantease.normal_scale import at_normal_scale
 from quantease.scales import storable
 
 # The sizes of inputs that scales are made of are clamped: a dead input has size zero, and would get a scale of zero or,
@@ -47,6 +48,7 @@ class AWQ(LayerSolver):
         if not 0 < self.max_shrink < 1:
             raise ValueError(f"max_shrink must lie between 0 and 1, not {self.max_shrink}")
 
+    @at_normal_scale
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         scale = self._best_scale(problem, spec)
         problem = problem.scaled(scale)

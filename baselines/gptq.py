@@ -19,6 +19,7 @@ from quantease.cholesky import damping_notes, inverse_factor
 from quantease.grid import GridSpec
 from quantease.kernels import run_block
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
+from quantease.normal_scale import at_normal_scale
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class GPTQ(LayerSolver):
     def rows_independent(self) -> bool:
         return True
 
+    @at_normal_scale
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         grid = problem.fit_grid(spec)
         factor, damping = inverse_factor(problem, self.damping)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
+from quantease.normal_scale import at_normal_scale
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class RTN(LayerSolver):
     def rows_independent(self) -> bool:
         return True
 
+    @at_normal_scale
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         grid = problem.fit_grid(spec)
         return QuantizedLayer(grid.encode(problem.weight), grid)

@@ -19,7 +19,8 @@ from quantease.grid import Grid, GridSpec
 from quantease.kernels import Columns, run_block
 from quantease.kernels.plain import nearest_codes, nearest_values
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
-from quantease.scales import least_error_range
+from quantease.normal_scale import at_normal_scale
+from quantease.scales import least_error_range, storable
 from quantease.sparse import Outliers
 
 SMALLEST = 1e-9  # takes the place of a scale that the second level rounds to zero (in the authors' code, too)
@@ -66,6 +67,7 @@ class SpQR(LayerSolver):
         if self.outlier_ratio is not None and not 0 <= self.outlier_ratio < 1:
             raise ValueError(f"outlier_ratio must lie in 0 to 1, or be null, not {self.outlier_ratio}")
 
+    @at_normal_scale
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         if self.act_order:
             return ActOrder(replace(self, act_order=False)).solve(problem, spec)
@@ -153,12 +155,13 @@ class SpQR(LayerSolver):
             scale, zero = least_error_range(group, spec.max_code, lambda shrink: weight_range(group, spec, shrink))
         else:
             scale, zero = weight_range(group, spec)
-        scale = quantize_statistics(scale, self.scale_bits, self.second_group_size).clamp(min=SMALLEST)
-        return scale, zero if spec.symmetric else quantize_statistics(zero, self.zero_bits, self.second_group_size)
+        rows, second_bits = self.second_group_size, spec.scale_bits
+        scale = quantize_statistics(scale, self.scale_bits, rows, second_bits).clamp(min=SMALLEST)
+        return scale, zero if spec.symmetric else quantize_statistics(zero, self.zero_bits, rows, second_bits)
 
     def _bits_per_group(self, rows: int, spec: GridSpec) -> float:
         """What the scale and the zero point of a first-level group take, with their part of the second level."""
-        second_level = 32 * math.ceil(rows / self.second_group_size) / rows
+        second_level = 2 * spec.scale_bits * math.ceil(rows / self.second_group_size) / rows
         return self.scale_bits + second_level + (0 if spec.symmetric else self.zero_bits + second_level)
 
 
@@ -170,7 +173,7 @@ def _encode(values: Tensor, scale: Tensor, zero: Tensor, limit: Tensor, spec: Gr
 
 
 def _outliers(values: Tensor, kept: Tensor, codes: Tensor, grid: Grid) -> Outliers | None:
-    """The kept weights in 16 bits, less what their codes stand for, to which they are added.
+    """The kept weights in 16 bits (32 where scales have 32), less what their codes stand for, to which they are added.
 
     Zero need not be a value of SpQR's grids (their zero points are fractional), so the difference is not the weight.
     """
@@ -179,7 +182,8 @@ def _outliers(values: Tensor, kept: Tensor, codes: Tensor, grid: Grid) -> Outlie
         return None
     group = grid.group[columns]
     beside = grid.scale[rows, group] * (codes[rows, columns] - grid.zero[rows, group])
-    return Outliers(rows, columns, values[rows, columns].half().to(values.dtype) - beside)
+    kept_values = storable(values[rows, columns], grid.spec.scale_bits)
+    return Outliers(rows, columns, kept_values - beside, value_bits=grid.spec.scale_bits)
 
 
 def _mean_cost(weight: Tensor, pivot: Tensor, alive: Tensor) -> float:

@@ -29,16 +29,18 @@ def weight_range(values: Tensor, spec: GridSpec, shrink: float = 1.0) -> tuple[T
     return scale, torch.full_like(scale, (spec.max_code + 1) / 2) if spec.symmetric else -low / scale
 
 
-def quantize_statistics(values: Tensor, bits: int, group_size: int) -> Tensor:
+def quantize_statistics(values: Tensor, bits: int, group_size: int, second_bits: int = 16) -> Tensor:
     """Scales or zero points `values` (out,) of one group of columns, as the second level stores them.
 
-    `group_size` consecutive rows share a float16 scale and a float16 minimum; each value is a code of `bits` bits.
+    `group_size` consecutive rows share a scale and a minimum of `second_bits` bits each, 16 (float16) or 32; each value is
+    a code of `bits` bits.
     """
     missing = -len(values) % group_size  # of the last group: filled with its last value, which changes no range
     groups = torch.cat([values, values[-1:].expand(missing)]).view(-1, group_size)
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
-    step = ((high - low) / (2**bits - 1)).half().to(values.dtype)
-    low = low.half().to(values.dtype)  # rounded after the step is found, so that the step is that of the true range
+    step = (high - low) / (2**bits - 1)
+    if second_bits == 16:  # the minimum after the step is found, so that the step is that of the true range
+        step, low = step.half().to(values.dtype), low.half().to(values.dtype)
     codes = torch.round((groups - low) / torch.where(step > 0, step, 1.0)).clamp(0, 2**bits - 1)
     return (low + step * codes).flatten()[: len(values)]
 

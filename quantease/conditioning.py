@@ -43,10 +43,11 @@ def dependent_inputs(hessian: Tensor) -> int:
     while ridge < 1:
         correlation = (hessian * inverse_size).mul_(inverse_size[:, None])
         correlation.diagonal().fill_(1 + ridge)
-        factor, failed = torch.linalg.cholesky_ex(correlation)
-        del correlation
+        failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+        # In place, which the layout of columns allows: a second matrix of this size may not fit beside a large layer.
+        torch.linalg.cholesky_ex(correlation.mT, out=(correlation.mT, failed))
         if not failed:
-            return int((factor.diagonal().square() < NEAR_ZERO * ridge).sum())
+            return int((correlation.diagonal().square() < NEAR_ZERO * ridge).sum())
         ridge *= 10
     return 0  # not finite: nothing can be said
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from quantease.conditioning import damp_rank_deficient
 from quantease.grid import Grid, GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
+from quantease.normal_scale import at_normal_scale
 from quantease.refit import refit
 from quantease.sweeps import Convergence, Residual, hessian_with_positive_diagonal, sweep
 
@@ -90,6 +91,7 @@ class QuantEase(LayerSolver):
     def rows_independent(self) -> bool:  # each row has its own scale and residual, whatever starts the sweeps
         return self.init is None or self.init.rows_independent
 
+    @at_normal_scale
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         start = self.init.solve(problem, spec) if self.init else None
         if start is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantease.kernels import Columns
 from quantease.kernels.plain import nearest_codes
-from quantease.scales import fit_range, least_error_range, smallest_scale
+from quantease.scales import FLOAT16_NORMAL, fit_range, least_error_range, smallest_scale
 
 ROWS_BYTES = 2**24  # of a float32 matrix that are encoded at once: its half a dozen copies on the way stay below 100 MB
 
@@ -103,6 +103,11 @@ class Grid:
     def clipped_scales(self) -> int:
         """How many scales are the smallest of their format. Most were clamped to it: their weights are all but zero."""
         return int((self.scale <= smallest_scale(self.spec.scale_bits)).sum())
+
+    @property
+    def coarse_scales(self) -> int:
+        """How many scales are below the normal numbers of float16, so that they are stored in fewer than 11 bits."""
+        return int((self.scale < FLOAT16_NORMAL).sum()) if self.spec.scale_bits == 16 else 0
 
     def fit_group_(self, group: int, weight: Tensor) -> None:
         """Fit the scale and zero point of one group anew, in place, to the current weights of its columns (out, n)."""

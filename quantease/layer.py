@@ -105,13 +105,15 @@ class LayerProblem:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedLayer:
-    """A method's answer, `weight = grid.decode(codes) / column_scale + outliers`, with its diagnostics.
+    """A method's answer, `weight = 2^exponent (grid.decode(codes) / column_scale + outliers)`, and its diagnostics.
 
     Attributes:
         codes: (out, in), uint8.
         grid: what the codes stand for.
         outliers: sparse weights in high precision; None: the method keeps none.
         column_scale: (in,), stored in 16 bits per column; None: columns are not scaled.
+        exponent: of the power of two that the whole layer is multiplied by (quantease/normal_scale.py), 8 bits where it
+            is not 0.
         damping: the fraction of the mean Hessian diagonal that was added to the diagonal; None: the method adds none.
         damping_raised: it is more than was asked for, because the factorization failed with that.
         notes: sentences about what did not go as asked.
@@ -122,6 +124,7 @@ class QuantizedLayer:
     grid: Grid
     outliers: Outliers | None = None
     column_scale: Tensor | None = None
+    exponent: int = 0
     damping: float | None = None
     damping_raised: bool = False
     notes: tuple[str, ...] = ()
@@ -133,7 +136,9 @@ class QuantizedLayer:
         weight = self.grid.decode(self.codes)
         if self.column_scale is not None:
             weight = weight / self.column_scale
-        return weight if self.outliers is None else self.outliers.add_to(weight)
+        if self.outliers is not None:
+            weight = self.outliers.add_to(weight)
+        return weight * 2.0**self.exponent if self.exponent else weight
 
     @property
     def outlier_ratio(self) -> float:
@@ -148,7 +153,8 @@ class QuantizedLayer:
             bits += self.outliers.bits / self.codes.numel()
             if self.outliers.whole_columns:  # a column that is kept whole needs no codes
                 bits -= self.grid.spec.bits * self.outlier_ratio
-        return bits + (0 if self.column_scale is None else 16 / len(self.codes))  # shared by all rows of a column
+        bits += 0 if self.column_scale is None else 16 / len(self.codes)  # shared by all rows of a column
+        return bits + (8 / self.codes.numel() if self.exponent else 0)
 
     def select_rows(self, rows: slice) -> "QuantizedLayer":
         """The answer for some of the rows, given by a method whose rows are independent.
@@ -203,12 +209,15 @@ def join_rows(parts: Sequence[QuantizedLayer]) -> QuantizedLayer:
     first = parts[0]
     if len(parts) == 1:
         return first
-    scale = torch.cat([part.grid.scale for part in parts])
+    # Slices of unusual scale have powers of two of their own. Scales, float32 here, take up the difference exactly.
+    exponent = max(part.exponent for part in parts)
+    scale = torch.cat([part.grid.scale * 2.0 ** (part.exponent - exponent) for part in parts])
     zero = torch.cat([part.grid.zero for part in parts])
     return replace(
         first,
         codes=torch.cat([part.codes for part in parts]),
         grid=replace(first.grid, scale=scale, zero=zero),
+        exponent=exponent,
         damping_raised=any(part.damping_raised for part in parts),
         notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
         history=(),  # each is relative to the output of its own slice, so they do not add up

@@ -19,6 +19,7 @@ from quantease.conditioning import damp_rank_deficient
 from quantease.coordinate_descent import Schedule
 from quantease.grid import Grid, GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
+from quantease.normal_scale import at_normal_scale
 from quantease.scales import storable
 from quantease.sparse import Outliers
 from quantease.sweeps import Convergence, Residual, hessian_with_positive_diagonal, sweep
@@ -54,6 +55,7 @@ class OutlierQuantEase(LayerSolver):
         if not 0 <= self.outlier_ratio <= 1:
             raise ValueError(f"outlier_ratio must lie in 0 to 1, not {self.outlier_ratio}")
 
+    @at_normal_scale
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         damped, damping, notes = damp_rank_deficient(problem.hessian)  # as in coordinate_descent.py
         hessian = hessian_with_positive_diagonal(damped)

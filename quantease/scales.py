@@ -11,6 +11,7 @@ from quantease.kernels.plain import nearest_values
 if TYPE_CHECKING:
     from quantease.grid import GridSpec
 
+FLOAT16_NORMAL = 2.0**-14  # the smallest float16 with all 11 bits: below it a scale loses some
 FLOAT16_SMALLEST = 2.0**-24  # the smallest positive float16 (a subnormal one)
 SHRINKS = [
     1 - step / 100 for step in range(80)

@@ -142,6 +142,8 @@ class GroupSolver:
         layer.replace(weight)
         # Errors are of `layer.weight`, not of `weight`: a float16 model rounds what is written to it.
         held_out, worse_than_rounding, notes = None, False, list(quantized.notes)
+        if coarse := quantized.grid.coarse_scales:
+            notes.append(f"{coarse} scales are below 2^-14 and lose bits in float16: scale_bits=32 keeps them")
         if statistics.held_out is not None:
             held_out = self._relative_error(problem.weight, layer.weight, statistics.held_out)
             rounding = self._rounding_error(problem.weight, layer.weight.dtype, statistics.held_out)

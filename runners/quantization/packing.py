@@ -86,13 +86,15 @@ def _tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
 
 def _words(layer: QuantizedLayer) -> dict[str, Any]:
     outliers = layer.outliers
-    return {
+    words = {
         "tensors": list(_tensors(layer)),
         "shape": list(layer.codes.shape),
         "grid": asdict(layer.grid.spec),
         "stored_bits_per_group": layer.grid.stored_bits_per_group,
         "outliers": outliers and {"whole_columns": outliers.whole_columns, "value_bits": outliers.value_bits},
     }
+    # Only where there is one, so that the files of all other layers, and their digests, are what they have always been.
+    return words | ({"exponent": layer.exponent} if layer.exponent else {})
 
 
 def _layer(tensors: dict[str, Tensor], words: dict[str, Any]) -> QuantizedLayer:
@@ -103,4 +105,4 @@ def _layer(tensors: dict[str, Tensor], words: dict[str, Any]) -> QuantizedLayer:
     if words["outliers"] is not None:
         places = (tensors["outlier_rows"].long(), tensors["outlier_columns"].long())
         outliers = Outliers(*places, tensors["outlier_values"], **words["outliers"])
-    return QuantizedLayer(codes, grid, outliers, tensors.get("column_scale"))
+    return QuantizedLayer(codes, grid, outliers, tensors.get("column_scale"), words.get("exponent", 0))
