@@ -26,6 +26,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
         raise InputError(f"the tokenizer in {tokenizer.name_or_path} cannot read the text: {error}") from error
 
 
+def begins_with_special_token(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer adds a token, such as BOS, before every text.
+
+    Of a text that is cut into windows only the first one then has it, which for some models makes all others far worse.
+    """
+    added, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    return added[:1] != plain[:1]
+
+
 def ids_hash(ids: Tensor) -> str:
     """SHA-256 of token ids of any shape, in hexadecimal.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from runners.data.datasets import Dataset
-from runners.data.token_ids import encode, ids_hash
+from runners.data.token_ids import begins_with_special_token, encode, ids_hash
 from runners.errors import InputError, MissingData
 from runners.identity import counts_if
 
@@ -72,11 +72,13 @@ class Windows:
         ids: token ids (windows, length).
         protocol: the protocol's name, followed by any deviation from it.
         tokens: tokens of the whole text, before windows were cut.
+        bos: `text`: the tokenizer has added a token before the text, which the first window alone has; or `none`.
     """
 
     ids: Tensor
     protocol: str
     tokens: int
+    bos: str = "none"
 
     @property
     def sha256(self) -> str:
@@ -134,4 +136,5 @@ def cut_windows(
             "another text"
         )
     count = min(count, text.max_windows or count)
-    return Windows(ids[: count * length].reshape(count, length), protocol, len(ids))
+    bos = "text" if begins_with_special_token(tokenizer) else "none"
+    return Windows(ids[: count * length].reshape(count, length), protocol, len(ids), bos)

@@ -91,6 +91,11 @@ def windows(text: str) -> str:
     return f"windows/{text}"
 
 
+def bos(text: str) -> str:
+    """Where a text has a token that its tokenizer adds before it: `text` (before the first window only) or `none`."""
+    return f"bos/{text}"
+
+
 def sha256(text: str) -> str:
     """The hash of the token ids of a text's windows."""
     return f"sha256/{text}"
@@ -263,7 +268,7 @@ def _fits(key: str, value: Any) -> bool:
         return type(value) is int and abs(value) < 2**63  # what a column of a table holds
     if key in _TRUTHS:
         return isinstance(value, bool)
-    if key in ("method", "model", *_TEXTS) or key.startswith(("protocol/", "sha256/", "skipped/")):
+    if key in ("method", "model", *_TEXTS) or key.startswith(("protocol/", "bos/", "sha256/", "skipped/")):
         return isinstance(value, str)
     return not isinstance(value, dict | list)
 

@@ -161,6 +161,7 @@ def _protocols(runs: Sequence[Run]) -> list[str]:
     return sorted(
         {
             f"{text}: {run[metrics.protocol(text)]}, {run[metrics.windows(text)]} windows"
+            + ", BOS in the first" * (run.get(metrics.bos(text)) == "text")
             for run in runs
             for text in metrics.names(run, "protocol")
         }

@@ -169,6 +169,7 @@ def _text_metrics(name: str, windows: Windows, measures: Mapping[str, list[float
         # In float64: the mean of many float32 losses, and then its exponential, would lose digits.
         metrics.ppl(name): perplexity(torch.tensor(measures["nll"], dtype=torch.float64)),
         metrics.protocol(name): windows.protocol,
+        metrics.bos(name): windows.bos,
         metrics.windows(name): len(windows.ids),
         metrics.sha256(name): windows.sha256,
         **{metrics.agreement(name, kind): fmean(values) for kind, values in agreement.items()},

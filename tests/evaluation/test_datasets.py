@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from runners.data.token_ids import ids_hash
 from runners.data.windows import Text, cut_windows
 from runners.errors import InputError
 from runners.evaluation.likelihood import perplexity, window_losses
-from tests.conftest import PROJECT, SHARED, TOKENIZER, write_rows
+from runners.run.experiment import run_cell
+from tests.conftest import PROJECT, SHARED, TOKENIZER, ToySettings, write_rows
 from tests.families import random_ids, random_model
 
 WIKITEXT = HubDataset("wikitext2", "Salesforce/wikitext", "test", "text", config="wikitext-2-raw-v1")
@@ -237,3 +239,27 @@ def test_no_hub_and_no_folder_is_one_sentence_within_seconds(arguments: list[str
     assert ("data_root=FOLDER" in printed) or ("model.path=FOLDER" in printed)
     assert "Traceback" not in printed
     assert time.monotonic() - start < 60  # most of it is imports; the hub's client alone would retry for longer
+
+
+def test_a_run_says_where_the_token_stands_that_its_tokenizer_adds(
+    model_copy: Path, toy_settings: ToySettings, data_root: Path
+) -> None:
+    def measured() -> dict[str, Any]:
+        row = run_cell(toy_settings("method=fp16", f"model.path={model_copy}", "force=true"))
+        return {key: row[f"{key}/wikitext2"] for key in ("bos", "sha256")}
+
+    plain = measured()
+    file = model_copy / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    token, number = content["added_tokens"][0]["content"], content["added_tokens"][0]["id"]
+    first, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+    }
+    file.write_text(json.dumps(content), encoding="utf-8")
+    begun = measured()
+    assert (plain["bos"], begun["bos"]) == ("none", "text")
+    assert plain["sha256"] != begun["sha256"]
