@@ -115,24 +115,35 @@ def _read_run(file: Path) -> dict[str, Any]:
     if run["method"] != REFERENCE:
         # Runs older than this key always used the quantized model's activations.
         run[CALIBRATION_INPUTS] = run[CALIBRATION_INPUTS] or "quantized"
-    path = run.get(MODEL_PATH) or _model_path(file.parent / "config.yaml")
+    path = run.get(MODEL_PATH) or _model_path(file.parent)
     device = environment(str(file.parent)).get("device")
     return run | {MODEL_PATH: path, "device": device, "folder": str(file.parent)}
 
 
-def _model_path(config: Path) -> str | None:
-    """The same from the settings of a run that is older than the key; None where they are not there.
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of a run, from its `config.yaml`; nothing where there is none.
 
     Raises:
         ValueError: the file is damaged.
     """
+    config = folder / "config.yaml"
     try:
         content = yaml.load(config.read_text(encoding="utf-8"), _Loader)
-        return str(content["model"]["path"])
-    except (FileNotFoundError, KeyError):
-        return None
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise _damaged(config, str(error).split("\n")[0]) from error
+    if not isinstance(content, dict):
+        raise _damaged(config, "no table of names and values")
+    return content
+
+
+def _model_path(folder: Path) -> str | None:
+    """The same from the settings of a run that is older than the key; None where they do not have it."""
+    model = read_config(folder).get("model", {})
+    if not isinstance(model, dict):
+        raise _damaged(folder / "config.yaml", "model is no table of names and values")
+    return str(model["path"]) if "path" in model else None
 
 
 def _damaged(file: Path, why: object) -> ValueError:

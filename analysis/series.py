@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
+from analysis.collect import read_config
 from runners.results.metrics import OWN_GRID, REFERENCE, Status, grid_words, protocol, status_counts, warning
 
 METHOD_ORDER = [  # in tables and legends, from the simplest to the one that stores most; others follow by name
@@ -115,7 +115,7 @@ def _tell_apart(rows: list[Row]) -> None:
         entries.setdefault((row["model"], row["method"], row["bits"], row["grid"]), []).append(row)
     for sharing in entries.values():
         if len(sharing) > 1:
-            settings = [_settings(Path(row["folders"][0]) / "config.yaml") for row in sharing]
+            settings = [_settings(Path(row["folders"][0])) for row in sharing]
             names = sorted({name for other in settings for name in other})
             unlike = [name for name in names if len({entry.get(name) for entry in settings}) > 1]
             for row, entry in zip(sharing, settings, strict=True):
@@ -124,10 +124,9 @@ def _tell_apart(rows: list[Row]) -> None:
                 row["label"] = f"{row['method']} {', '.join(words) or '[' + str(row['series']) + ']'}"
 
 
-def _settings(file: Path) -> dict[str, str]:
+def _settings(folder: Path) -> dict[str, str]:
     """The settings of a run by their dotted names, without those that its entry in a table shows anyway."""
-    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return {name: text for name, text in _flat("", content).items() if name.split(".")[0] in TOLD_APART_BY}
+    return {name: text for name, text in _flat("", read_config(folder)).items() if name.split(".")[0] in TOLD_APART_BY}
 
 
 def _flat(prefix: str, content: Any) -> dict[str, str]:

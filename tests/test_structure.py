@@ -51,15 +51,21 @@ MOST_MODULES = 13
 MODELS = sorted(path.stem for path in (PROJECT / "conf" / "model").glob("*.yaml"))
 
 
-def imports(file: Path) -> set[str]:
-    """The top-level packages that a module imports, anywhere in it."""
+def modules(file: Path) -> set[str]:
+    """The dotted names that a module imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def imports(file: Path) -> set[str]:
+    """The top-level packages that a module imports, anywhere in it."""
+    return {name.split(".")[0] for name in modules(file)}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -107,18 +113,6 @@ def test_keys_and_states_of_results_are_written_in_the_schema_only(package: str)
             if (file.name, text) not in OTHER_WORDS:
                 assert text not in {*Status, REFERENCE}, (file, text)
                 assert not text.startswith(prefixes), (file, text)
-
-
-def modules(file: Path) -> set[str]:
-    """The dotted names that a module imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
 
 
 def room(parts: tuple[str, ...]) -> str:
