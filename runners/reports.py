@@ -117,7 +117,8 @@ def _layer_error(names: list[str]) -> list[Any]:
     """Relative errors by layer, by decoder block and by sweep, and the figures that the runs have logged."""
     import wandb_workspaces.reports.v2 as wr
 
-    curves = ["relative_error", "held_out_error"] if metrics.HELD_OUT_ERROR in names else ["relative_error"]
+    held_out = {"held_out_error": metrics.HELD_OUT_ERROR, "token_error": metrics.TOKEN_ERROR}
+    curves = ["relative_error", *(curve for curve, key in held_out.items() if key in names)]
     by_layer = [
         wr.LinePlot(
             title=curve, x=content.LAYER_INDEX, y=[content.LAYER + curve], log_y=True, max_runs_to_show=MAX_RUNS

@@ -32,12 +32,14 @@ COMMANDS = {"cli", "status", "sync", "reports"}  # modules of runners/ that a pe
 # foundations, the modules beside the rooms that are no commands.
 ROOMS: dict[str, str] = {
     "storage": "",
-    "data": "storage",
-    "models": "",
     "results": "storage",
+    "data": "storage results",
+    "gguf_files": "storage",
+    "fetch": "storage gguf_files",
+    "models": "gguf_files",
     "quantization": "storage models results",
     "evaluation": "storage data models results quantization",
-    "config": "storage data models results",
+    "config": "storage data fetch models results",
     "tracking": "results config",
     "run": "storage data models results quantization evaluation config tracking",
     "sweeps": "storage results config run",

@@ -1,4 +1,7 @@
-"""The functions that conf/ may call: `${project:}`, `${basename:PATH}`, `${run_name:}`, `${gpus:}`, `${choices:GROUP}`."""
+"""The functions that conf/ may call.
+
+`${project:}`, `${basename:PATH}`, `${run_name:}`, `${gpus:}`, `${choices:GROUP}`, `${fetched:MODEL}`.
+"""
 
 import re
 import textwrap
@@ -8,6 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from runners.config.from_config import settings_from
+from runners.fetch.packages import place_of
 from runners.project import CONF, ROOT
 
 
@@ -31,6 +35,7 @@ def _family_and_size(name: str) -> tuple[str, float]:
 
 
 OmegaConf.register_new_resolver("choices", _choices, replace=True)
+OmegaConf.register_new_resolver("fetched", lambda model: str(place_of(model)), replace=True)
 OmegaConf.register_new_resolver("project", lambda: str(ROOT), replace=True)
 OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).expanduser().absolute().name, replace=True)
 OmegaConf.register_new_resolver("gpus", torch.cuda.device_count, replace=True)

@@ -9,10 +9,11 @@ from quantease.layer import LayerSolver
 from runners.data.calibration import Calibration
 from runners.data.task_rows import task_version
 from runners.data.windows import Evaluation
+from runners.fetch.packages import present
 from runners.identity import counts_if, identifying_fields, identity_of
 from runners.models.checkpoint import Model
 from runners.names import check_name
-from runners.storage.fingerprint import checkpoint_fingerprint
+from runners.storage.fingerprint import checkpoint_fingerprint, fingerprint
 
 GRID = ("bits", "group_size", "symmetric", "scale_bits", "grid_range")  # the settings of GridSpec, in its order
 
@@ -96,7 +97,15 @@ class Run:
 
     @property
     def model_path(self) -> str:
-        """The fingerprint of the files in the model's folder, wherever it is; of a model of the hub its name there."""
+        """The fingerprint of the files in the model's folder, wherever it is; of a model of the hub its name there.
+
+        Of a GGUF file that of the file: the folder that it is converted to also depends on the versions of libraries.
+
+        Raises:
+            InputError: there is no such GGUF file.
+        """
+        if (file := self.model.gguf) is not None:
+            return fingerprint([present(file)])
         return self.model.path if self.model.folder is None else checkpoint_fingerprint(self.model.folder)
 
     def _data_versions(self, data_root: str | None) -> dict[str, str]:

@@ -5,7 +5,7 @@ of a study calibrates on the same tokens. The hash of the tokens is stored with 
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from runners.data.datasets import Dataset
 from runners.data.token_ids import encode, ids_hash
 from runners.errors import InputError
+from runners.identity import counts_if
+from runners.results.metrics import LENGTH_ONE, UNIFORM
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Calibration:
             protocol); `full_precision`: those of the unquantized blocks, which do not depend on the method, so they are
             computed once for all methods.
         held_out: how many further sequences to draw: layer errors are measured on them, nothing is calibrated on them.
+        token_weights: `uniform`: the Hessian is a plain sum over the tokens (the published choice), so tokens with large
+            inputs rule it; `length_one`: every token's input is scaled to length one first, so all tokens count alike.
     """
 
     name: str
@@ -40,18 +44,27 @@ class Calibration:
     true_sequential: bool = False
     inputs: str = "quantized"
     held_out: int = 16
+    # Added after results had been published.
+    token_weights: str = field(default=UNIFORM, metadata=counts_if(lambda calibration: calibration.scales_tokens))
 
     def __post_init__(self) -> None:
         if self.inputs not in ("quantized", "full_precision"):
             raise ValueError(f"inputs must be quantized or full_precision, not {self.inputs}")
         if self.inputs == "full_precision" and self.true_sequential:
             raise ValueError("true_sequential=true needs inputs=quantized: later layers see the earlier ones quantized")
+        if self.token_weights not in (UNIFORM, LENGTH_ONE):
+            raise ValueError(f"token_weights must be {UNIFORM} or {LENGTH_ONE}, not {self.token_weights}")
         if self.held_out < 0:
             raise ValueError(f"held_out must not be negative, not {self.held_out}")
         if self.sampling not in ("documents", "joined"):
             raise ValueError(f"sampling must be documents or joined, not {self.sampling}")
         if self.num_sequences < 1:
             raise ValueError(f"num_sequences must be at least 1, not {self.num_sequences}")
+
+    @property
+    def scales_tokens(self) -> bool:
+        """Whether the input of every token is scaled to length one."""
+        return self.token_weights == LENGTH_ONE
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from runners.errors import InputError
+from runners.gguf_files.conversion import ENDING, converted, note_of
 from runners.hub import download_snapshot
 from runners.models.blocks import decoder_blocks
 from runners.models.quantized_already import refuse_quantized
@@ -28,7 +29,7 @@ class Model:
     """One file of `conf/model/`.
 
     Attributes:
-        path: a folder, or a repository of the model hub.
+        path: a folder, a GGUF file, or a repository of the model hub.
         revision: branch, tag or commit of the repository; None: its main branch.
         dtype: what the weights are loaded as; None: what the checkpoint holds.
         sequence_length: tokens of a calibration sequence and of an evaluation window; None: the model's, at most 2,048.
@@ -47,8 +48,19 @@ class Model:
             raise ValueError(f"sequence_length must be at least 2, not {self.sequence_length}")
 
     @property
+    def gguf(self) -> Path | None:
+        """The GGUF file that `path` names, if it names one."""
+        return Path(self.path).expanduser() if self.path.endswith(ENDING) else None
+
+    @property
     def folder(self) -> Path | None:
-        """The local folder that `path` names, if it names one."""
+        """The local folder that `path` names, if it names one; of a GGUF file the folder that it is converted to.
+
+        Raises:
+            InputError: `path` names a GGUF file that cannot be used, and why.
+        """
+        if self.gguf is not None:
+            return converted(self.gguf)
         path = Path(self.path).expanduser()
         return path if path.is_dir() or self.path.startswith(("/", "./", "../", "~")) else None
 
@@ -78,6 +90,11 @@ class Checkpoint:
         return torch.finfo(self.config.dtype or Shards.of(self.folder).first_dtype()).bits
 
     @property
+    def note(self) -> str | None:
+        """What must be said with every number of the model, such as that its full precision is a grid's."""
+        return note_of(self.folder)
+
+    @property
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.skeleton.parameters())
 
@@ -89,7 +106,8 @@ def open_checkpoint(model: Model) -> Checkpoint:
         InputError: the checkpoint is missing, incomplete, truncated, pickled, or of an architecture that is not supported.
     """
     transformers_logging.set_verbosity_error()
-    folder, revision = (model.folder, None) if model.folder else download_snapshot(model.path, model.revision)
+    local = model.folder
+    folder, revision = (local, None) if local else download_snapshot(model.path, model.revision)
     check_files(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -1,6 +1,7 @@
 """The activations of the calibration sequences, taken through the model one decoder block after the other."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,7 @@ class CalibrationActivations:
         held_out: token ids (sequences, length) whose statistics are kept apart, to measure errors on unseen inputs.
         memory: how much is held at once; shared with whatever else runs in between.
         phases: counts the seconds under `calibrate` (measuring) and `propagate` (advancing).
+        length_one: scale the input of every calibration token to length one before it enters the statistics.
 
     Attributes:
         position: index of the decoder block that the activations enter.
@@ -38,8 +40,10 @@ class CalibrationActivations:
         held_out: Tensor | None = None,
         memory: Memory | None = None,
         phases: Phases | None = None,
+        length_one: bool = False,
     ) -> None:
         self.source = source
+        self.length_one = length_one
         self.memory = memory or Memory()
         self.phases = phases or Phases(source.device)
         self.position = 0
@@ -85,7 +89,8 @@ class CalibrationActivations:
     def statistics(self, groups: list[InputGroup]) -> MeasuredGroups:
         """The input statistics of some groups of the current decoder block, from one pass over all sequences."""
         activations = self._embedded()
-        statistics = self._retry_calibration(lambda: input_statistics(activations, self.position, groups))
+        measure = partial(input_statistics, activations, self.position, groups, self.length_one)
+        statistics = self._retry_calibration(measure)
         return list(zip(groups, statistics, strict=True))
 
     def to_host(self) -> str | None:

@@ -6,18 +6,20 @@ their rows stacked: one factorization of the Hessian serves the group. Any other
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantease.grid import Grid, GridSpec
-from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported, join_rows, objective
+from quantease.grid import GridSpec
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported, join_rows
 from runners.errors import InputError
 from runners.models.blocks import LinearLayer
 from runners.models.memory import Memory, Remedy
 from runners.quantization.input_statistics import InputStatistics
+from runners.quantization.layer_errors import relative_error, rounding_error, token_error
 from runners.results.layers import LayerRecord
 from runners.timing import Phases, clock
 
@@ -138,25 +140,21 @@ class GroupSolver:
         weight = quantized.weight
         if not torch.isfinite(weight).all():  # written, they would spoil every later block: the layer keeps its own
             return self._left_alone(group, name, f"{type(self.solver).__name__} gave weights that are not finite")
-        layer, statistics = group.layers[name], group.statistics
+        layer, notes = group.layers[name], list(quantized.notes)
         layer.replace(weight)
-        # Errors are of `layer.weight`, not of `weight`: a float16 model rounds what is written to it.
-        held_out, worse_than_rounding, notes = None, False, list(quantized.notes)
         if coarse := quantized.grid.coarse_scales:
             notes.append(f"{coarse} scales are below 2^-14 and lose bits in float16: scale_bits=32 keeps them")
-        if statistics.held_out is not None:
-            held_out = self._relative_error(problem.weight, layer.weight, statistics.held_out)
-            rounding = self._rounding_error(problem.weight, layer.weight.dtype, statistics.held_out)
-            worse_than_rounding = held_out > rounding
-            if worse_than_rounding:
-                notes.append(f"held-out error {held_out:.3g}, that of rounding to nearest is {rounding:.3g}")
+        # Errors are of `layer.weight`, not of `weight`: a float16 model rounds what is written to it.
+        errors = self._errors(problem.weight, layer.weight, group.statistics)
+        worse = errors.pop("rounding")
+        held_out = errors["held_out_error"]
+        if is_worse := held_out is not None and worse is not None and held_out > worse:
+            notes.append(f"held-out error {held_out:.3g}, that of rounding to nearest is {worse:.3g}")
         record = LayerRecord(
             block=group.block,
             layer=name,
             out_features=problem.weight.shape[0],
             in_features=problem.weight.shape[1],
-            relative_error=self._relative_error(problem.weight, layer.weight, statistics.hessian),
-            held_out_error=held_out,
             seconds=seconds,
             bits_per_weight=quantized.bits_per_weight,
             outlier_ratio=quantized.outlier_ratio,
@@ -164,34 +162,33 @@ class GroupSolver:
             damping_raised=quantized.damping_raised,
             dead_columns=problem.dead_columns,
             clipped_scales=quantized.grid.clipped_scales,
-            worse_than_rounding=worse_than_rounding,
+            worse_than_rounding=is_worse,
             notes="; ".join(notes),
             history=quantized.history,
+            **errors,
+            **_energy_columns(group.statistics),
         )
         return SolvedLayer(record, quantized)
 
-    def _rounding_error(self, weight: Tensor, dtype: torch.dtype, hessian: Tensor) -> float:
-        """The relative error of rounding to nearest on the run's grid, as a model of `dtype` would have it."""
-        grid = Grid.fit(weight, self.spec)
-        return self._relative_error(weight, grid.decode(grid.encode(weight)).to(dtype), hessian)
-
-    def _relative_error(self, original: Tensor, written: Tensor, hessian: Tensor) -> float:
-        """||W X - W_hat X||^2 / ||W X||^2; 0 where the layer's output is zero anyway.
-
-        Args:
-            original: W (out, in), float32.
-            written: W_hat (out, in) as the model has it, so with the rounding to the model's dtype.
-            hessian: the mean of x x^T (in, in).
-        """
-        error = energy = 0.0
+    def _errors(self, original: Tensor, written: Tensor, statistics: InputStatistics) -> dict[str, Any]:
+        """The errors of a layer by the names of its record, and that of `rounding` to nearest on held-out tokens."""
         slices = self.memory.row_slices  # here, too: D H is as large as W
-        for w, w_hat in zip(original.chunk(slices), written.chunk(slices), strict=True):
-            error += objective(w_hat.float() - w, hessian)
-            energy += objective(w, hessian)
-        return error / energy if energy > 0 else 0.0
+        errors: dict[str, Any] = {"held_out_error": None, "token_error": None, "rounding": None}
+        errors["relative_error"] = relative_error(original, written, statistics.hessian, slices)
+        if (held_out := statistics.held_out) is not None:
+            errors["held_out_error"] = relative_error(original, written, held_out, slices)
+            errors["rounding"] = rounding_error(original, written.dtype, self.spec, held_out, slices)
+        if (tokens := statistics.held_out_tokens) is not None:
+            errors["token_error"] = token_error(original, written, tokens, slices)
+        return errors
 
     def _left_alone(self, group: LayerGroup, name: str, why: str) -> SolvedLayer:
         return left_alone(group.block, name, group.layers[name].weight.shape, self.stored_bits, why, non_finite=True)
+
+
+def _energy_columns(statistics: InputStatistics) -> dict[str, Any]:
+    """The token energy of a layer's input, by the names of its record."""
+    return {f"energy_{name}": value for name, value in asdict(statistics.energy).items()}
 
 
 def left_alone(

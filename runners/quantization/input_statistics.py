@@ -4,9 +4,10 @@ Layers that receive the same input tensor (an *input group*: query, key and valu
 is seen when the block runs; no family of models is known by name.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,9 +16,13 @@ from torch import Tensor, nn
 from quantease.matmul import add_second_moment
 from runners.models.activations import BlockActivations
 from runners.models.blocks import linear_layers
+from runners.quantization.token_energy import TokenEnergy
 from runners.storage.cache import Cache
 
-PARTS = ("hessian", "mean_input", "held_out")  # fields of InputStatistics, as the cache names its tensors
+PARTS = ("hessian", "mean_input", "held_out", "held_out_tokens")  # of InputStatistics, as the cache names its tensors
+ENERGY = "energy"  # likewise, of its token energy
+MOST_TOKENS = 2048  # held-out tokens whose inputs are kept as they are
+TOKENS_AT_ONCE = 8192  # of a batch whose inputs are copied to be scaled: with 20,480 inputs 670 MB
 
 InputGroup = tuple[str, ...]  # names of the layers of a decoder block that share an input
 MeasuredGroups = list[tuple[InputGroup, "InputStatistics"]]
@@ -28,15 +33,28 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 class InputStatistics:
     """Means over all calibration tokens of functions of a layer's input x, float32.
 
+    With `calibration.token_weights=length_one`, x / ||x|| takes the place of x in `hessian` and `mean_input`, not in the
+    others: errors on held-out tokens mean the same whatever a run was calibrated with.
+
     Attributes:
         hessian: of x x^T (in, in). The Hessian of the mean squared output error, but for a factor of 2.
         mean_input: of |x| (in,).
         held_out: of x x^T (in, in) over the held-out tokens; None: there are none.
+        held_out_tokens: inputs x (tokens, in) of some held-out tokens, in the model's dtype; None: there are none.
+        energy: how the energy ||x||^2 is divided among the calibration tokens.
     """
 
     hessian: Tensor
     mean_input: Tensor
     held_out: Tensor | None = None
+    held_out_tokens: Tensor | None = None
+    energy: TokenEnergy = field(default_factory=TokenEnergy)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the statistics hold, by the names of PARTS and ENERGY."""
+        parts = {name: getattr(self, name) for name in PARTS}
+        return {name: tensor for name, tensor in parts.items() if tensor is not None} | {ENERGY: self.energy.tensor}
 
     @property
     def finite(self) -> bool:
@@ -71,37 +89,27 @@ def input_groups(activations: BlockActivations, index: int) -> list[InputGroup]:
     return [tuple(names) for _, names in seen.values()]
 
 
-def input_statistics(activations: BlockActivations, index: int, groups: list[InputGroup]) -> list[InputStatistics]:
+def input_statistics(
+    activations: BlockActivations, index: int, groups: list[InputGroup], length_one: bool = False
+) -> list[InputStatistics]:
     """Run an open decoder block on all sequences and take the statistics of some groups' inputs.
 
     Args:
         activations: at the inputs of the block.
         index: of the block.
         groups: from `input_groups`.
+        length_one: scale the input of every calibration token to length one before it enters a sum.
 
     Returns:
         One entry per group, in the order of `groups`.
     """
     layers = linear_layers(activations.blocks[index])
-    calibration, held_out = _Sums(), _Sums()
-
-    def sums() -> _Sums:
-        return calibration if activations.batch_index < activations.calibration_batches else held_out
-
-    def add(name: str) -> Hook:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            sums().add(name, args[0].flatten(0, -2), activations.memory.hessian_parts)
-
-        return hook
-
-    with _hooked([(layers[group[0]].module, add(group[0])) for group in groups]):  # the others' input is the same
+    measuring = _Measuring(activations, length_one)
+    with _hooked([(layers[name].module, measuring.hook(name)) for name, *_ in groups]):  # the others' input is the same
         for output in activations.run(index):
             # Counted once per batch and not by the hooks, which run once per part where memory is short.
-            sums().tokens += output.shape[0] * output.shape[1]
-    return [
-        InputStatistics(*calibration.means(group[0]), held_out.means(group[0])[0] if held_out.tokens else None)
-        for group in groups
-    ]
+            measuring.sums.tokens += output.shape[0] * output.shape[1]
+    return [measuring.statistics(name) for name, *_ in groups]
 
 
 class StatisticsCache:
@@ -121,10 +129,11 @@ class StatisticsCache:
         tensors = self._cache.get(self._key_of(index), self._device)
         if tensors is None:
             return None
-        by_group: dict[str, dict[str, Tensor]] = {}
+        by_group: dict[str, dict[str, Any]] = {}
         for name, tensor in sorted(tensors.items()):  # by the number that a name begins with
             numbered_group, _, part = name.rpartition("/")
-            by_group.setdefault(numbered_group, {})[part] = tensor
+            value = TokenEnergy.from_tensor(tensor) if part == ENERGY else tensor
+            by_group.setdefault(numbered_group, {})[part] = value
         return [
             (tuple(numbered_group.partition("/")[2].split(",")), InputStatistics(**parts))
             for numbered_group, parts in by_group.items()
@@ -135,8 +144,7 @@ class StatisticsCache:
         tensors = {
             f"{number:03d}/{','.join(group)}/{part}": tensor
             for number, (group, statistics) in enumerate(measured)
-            for part in PARTS
-            if (tensor := getattr(statistics, part)) is not None
+            for part, tensor in statistics.tensors.items()
         }
         self._cache.put(self._key_of(index), tensors)
 
@@ -144,11 +152,58 @@ class StatisticsCache:
         return self._key | {"kind": "input statistics", "block": index}
 
 
-class _Sums:
-    """Sums over the tokens of one kind of sequences, calibration or held out; one sum of each kind per layer."""
+class _Measuring:
+    """What is measured of the inputs of some layers while the sequences run through their block."""
 
-    def __init__(self) -> None:
+    def __init__(self, activations: BlockActivations, length_one: bool) -> None:
+        length = activations.hidden[0].shape[1]
+        self._activations = activations
+        self._calibration, self._held_out = _Sums(length_one), _Sums()
+        self._energies = _Energies(length)
+        self._tokens = _HeldOutTokens(activations.held_out_tokens, length)
+
+    @property
+    def _is_calibration(self) -> bool:
+        return self._activations.batch_index < self._activations.calibration_batches
+
+    @property
+    def sums(self) -> "_Sums":
+        """Those of the sequences that are running."""
+        return self._calibration if self._is_calibration else self._held_out
+
+    def hook(self, name: str) -> Hook:
+        """Of the layer `name`."""
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            self.sums.add(name, x.flatten(0, -2), self._activations.memory.hessian_parts)
+            if self._is_calibration:
+                self._energies.add(name, x)
+            else:
+                self._tokens.add(name, x.flatten(0, -2))
+
+        return hook
+
+    def statistics(self, name: str) -> InputStatistics:
+        """Of the input of the layer `name`; to be asked for once."""
+        return InputStatistics(
+            *self._calibration.means(name),
+            held_out=self._held_out.means(name)[0] if self._held_out.tokens else None,
+            held_out_tokens=self._tokens.of(name),
+            energy=self._energies.of(name),
+        )
+
+
+class _Sums:
+    """Sums over the tokens of one kind of sequences, calibration or held out; one sum of each kind per layer.
+
+    Args:
+        length_one: every token's input is scaled to length one first.
+    """
+
+    def __init__(self, length_one: bool = False) -> None:
         self.tokens = 0
+        self._length_one = length_one
         self._hessians: dict[str, Tensor] = {}
         self._magnitudes: dict[str, Tensor] = {}
 
@@ -158,12 +213,72 @@ class _Sums:
             self._hessians[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
             self._magnitudes[name] = torch.zeros(x.shape[1], device=x.device)
         # Summed over all tokens and divided once: a running mean would round at every batch.
-        add_second_moment(self._hessians[name], x, parts)
-        self._magnitudes[name] += x.abs().sum(0, dtype=torch.float32)
+        for some in map(_of_length_one, x.split(TOKENS_AT_ONCE)) if self._length_one else [x]:
+            add_second_moment(self._hessians[name], some, parts)
+            self._magnitudes[name] += some.abs().sum(0, dtype=torch.float32)
 
     def means(self, name: str) -> tuple[Tensor, Tensor]:
         """The means of x x^T and of |x|. In place, as a second Hessian may not fit: to be asked for once."""
         return self._hessians[name].div_(self.tokens), self._magnitudes[name].div_(self.tokens)
+
+
+def _of_length_one(x: Tensor) -> Tensor:
+    """Inputs (tokens, in) scaled to length one, float32: half precision would round them once more. Zeros stay zeros."""
+    lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return x.float() / torch.where(lengths > 0, lengths, 1)
+
+
+class _Energies:
+    """The energy ||x||^2 of every calibration token; per layer.
+
+    Args:
+        length: of a sequence.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._batches: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Add the inputs of some sequences (sequences, length, in), or of tokens in any order (tokens, in)."""
+        energies = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square()
+        in_order = x.dim() == 3 and x.shape[1] == self._length
+        self._batches.setdefault(name, []).append(energies if in_order else energies.flatten())
+
+    def of(self, name: str) -> TokenEnergy:
+        """How the energy of a layer's input is divided among its tokens."""
+        return TokenEnergy.of(self._batches[name]) if name in self._batches else TokenEnergy()
+
+
+class _HeldOutTokens:
+    """The inputs of every k-th held-out token, at most MOST_TOKENS of them; per layer.
+
+    k has no divisor in common with the length of a sequence, so that every position of a window is as likely as any other:
+    with every 16th token of windows of 2,048, one in 128 would be a first token, which is unlike all others.
+
+    Args:
+        count: how many held-out tokens there are.
+        length: of a sequence.
+    """
+
+    def __init__(self, count: int, length: int) -> None:
+        self._every = max(1, math.ceil(count / MOST_TOKENS))
+        while math.gcd(self._every, length) != 1:
+            self._every += 1
+        self._seen: dict[str, int] = {}
+        self._kept: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Keep some of the inputs x (tokens, in)."""
+        seen = self._seen.get(name, 0)
+        # clone: a view would keep the whole batch alive
+        self._kept.setdefault(name, []).append(x[-seen % self._every :: self._every].clone())
+        self._seen[name] = seen + len(x)
+
+    def of(self, name: str) -> Tensor | None:
+        """The inputs that were kept, (tokens, in); None: the layer has seen no held-out token."""
+        kept = self._kept.get(name)
+        return torch.cat(kept) if kept else None
 
 
 @contextmanager

@@ -16,7 +16,8 @@ class LayerRecord:
         layer: its name inside the block.
         out_features: rows of its weight matrix; of fused experts, of all of them together.
         in_features: columns of its weight matrix.
-        relative_error: ||W X - W_hat X||^2 / ||W X||^2, of W_hat as the model stores it.
+        relative_error: ||W X - W_hat X||^2 / ||W X||^2, of W_hat as the model stores it, on the calibration tokens as the
+            solver was given them: with calibration.token_weights=length_one, each scaled to length one.
         seconds: spent in the solver.
         bits_per_weight: everything that must be stored for the layer, per weight.
         outlier_ratio: the share of the weights that are kept in 16 bits.
@@ -29,6 +30,14 @@ class LayerRecord:
         notes: remarks of the solver, in words.
         worse_than_rounding: the held-out error exceeds that of rounding to nearest on the run's grid; `notes` gives both.
         held_out_error: the relative error on calibration sequences that the solver has not seen; None: there were none.
+            Their tokens are never scaled, so it means the same in every run; likewise `token_error`.
+        token_error: the mean over up to 2,048 held-out tokens x of ||(W - W_hat) x||^2 / ||W x||^2: each counts alike, where
+            in `held_out_error` those with large inputs decide. None: there were no held-out sequences.
+        energy_top_percent: the share of the energy ||x||^2 of the layer's input that 1 % of the calibration tokens have.
+        energy_max_over_median: the largest energy of a token over that of the median token.
+        energy_position: where in a sequence (from 0) its token of the largest energy is, most often; None where the layer's
+            input has lost the order of the tokens, as that of an expert.
+        energy_position_share: in how many of the sequences it is there, as a share.
         history: the relative error after each sweep, of a method with `track_objective` (`sweeps.csv`).
     """
 
@@ -49,6 +58,11 @@ class LayerRecord:
     notes: str = ""
     held_out_error: float | None = None
     worse_than_rounding: bool = False
+    token_error: float | None = None
+    energy_top_percent: float | None = None
+    energy_max_over_median: float | None = None
+    energy_position: int | None = None
+    energy_position_share: float | None = None
     history: tuple[float, ...] = ()
 
     @property
@@ -72,6 +86,27 @@ def refuse_warnings(record: LayerRecord) -> None:
         raise InputError(f"{record.layer} in block {record.block}: {what}; warnings=record goes on and records it")
 
 
+# From this share of the energy on, the top 1 % of the tokens rule a layer: the other 99 % count for less than they do.
+RULING_SHARE = 0.5
+
+
+def ruled_by_few_tokens(records: list[LayerRecord]) -> str | None:
+    """A sentence about the layers whose inputs belong to few tokens; None: there are no such layers."""
+    ruled = [record for record in records if (record.energy_top_percent or 0) > RULING_SHARE]
+    if not ruled:
+        return None
+    worst = max(ruled, key=lambda record: record.energy_top_percent or 0)
+    others = f" and {len(ruled) - 1} more layers are" if len(ruled) > 1 else " is"
+    place = (
+        f", most often at position {worst.energy_position} of the window" if worst.energy_position is not None else ""
+    )
+    return (
+        f"{worst.layer} in block {worst.block}{others} ruled by few tokens: 1 % of the calibration tokens have "
+        f"{worst.energy_top_percent:.0%} of the energy of its input{place}. Its error tells little about the other tokens; "
+        "calibration.token_weights=length_one weighs all alike"
+    )
+
+
 def summarize_layers(records: list[LayerRecord], parameters: int, stored_bits: float) -> dict[str, float]:
     """The whole model's metrics from its layers' records.
 
@@ -88,7 +123,6 @@ def summarize_layers(records: list[LayerRecord], parameters: int, stored_bits: f
     bits = sum(size * record.bits_per_weight for size, record in zip(sizes, records, strict=True))
     outliers = sum(size * record.outlier_ratio for size, record in zip(sizes, records, strict=True))
     solved = [record for record in records if not record.left_alone]  # the others have no error to speak of
-    held_out = [record.held_out_error for record in solved if record.held_out_error is not None]
     summary: dict[str, float] = {
         metrics.BITS_PER_WEIGHT: bits / quantized,
         metrics.BITS_PER_PARAMETER: (bits + (parameters - quantized) * stored_bits) / parameters,
@@ -96,6 +130,7 @@ def summarize_layers(records: list[LayerRecord], parameters: int, stored_bits: f
         metrics.RELATIVE_ERROR: sum(record.relative_error for record in solved) / max(1, len(solved)),
         metrics.LAYER_COUNT: len(records),
     }
-    if held_out:
-        summary[metrics.HELD_OUT_ERROR] = sum(held_out) / len(held_out)
+    for key, name in ((metrics.HELD_OUT_ERROR, "held_out_error"), (metrics.TOKEN_ERROR, "token_error")):
+        if known := [error for record in solved if (error := getattr(record, name)) is not None]:
+            summary[key] = sum(known) / len(known)
     return summary | {metrics.warning(kind): sum(int(getattr(record, kind)) for record in records) for kind in WARNINGS}

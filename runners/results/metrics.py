@@ -52,6 +52,7 @@ BITS_PER_PARAMETER = "bits_per_parameter"
 OUTLIER_RATIO = "outlier_ratio"
 RELATIVE_ERROR = "layers/mean_relative_error"
 HELD_OUT_ERROR = "layers/mean_held_out_error"
+TOKEN_ERROR = "layers/mean_token_error"
 LAYER_COUNT = "layers/count"
 QUANTIZE_SECONDS = "quantize/seconds"
 QUANTIZE_MEMORY = "quantize/peak_memory_gb"
@@ -64,9 +65,11 @@ ZERO_SHOT_BATCH_SIZE = (
 CALIBRATION_SHA256 = "calibration/sha256"
 CHECKPOINT_SHA256 = "checkpoint/sha256"
 CALIBRATION_INPUTS = "calibration_inputs"
+TOKEN_WEIGHTS = "token_weights"  # absent from results older than the setting: uniform
 CACHE_HITS = "cache/hits"
 CACHE_MISSES = "cache/misses"
 MEMORY_STEPS = "memory/steps"
+MODEL_NOTE = "model_note"  # what must be said with every number of the model; absent where there is nothing
 MODEL_PATH = "model_path"  # the fingerprint of the model's files, or its name on the hub
 
 
@@ -144,19 +147,27 @@ def zero_shot_parts(key: Any) -> tuple[str, str] | None:
 
 OWN_GRID = "its own"
 PER_CHANNEL = "per-channel"
+UNIFORM, LENGTH_ONE = "uniform", "length_one"  # token weights
+LENGTH_ONE_WORDS = "length-one tokens"
 
 
 def grid_words(metrics: Mapping[str, Any]) -> str:
-    """The grid of a run in words, without its bits: `group 64 symmetric act-order`; "" for the unquantized model."""
+    """The grid of a run in words, without its bits, and how the solver was asked to see the layer.
+
+    `group 64 symmetric act-order length-one tokens`; "" for the unquantized model.
+    """
     if metrics["method"] == REFERENCE:
         return ""
     group_size = _present(metrics.get("group_size"))
+    length_one = metrics.get(TOKEN_WEIGHTS) == LENGTH_ONE
     if group_size is None and metrics["method"].startswith("spqr"):
-        return OWN_GRID  # two-level groups, of 16 columns unless the method's settings say otherwise
+        # two-level groups, of 16 columns unless the method's settings say otherwise
+        return OWN_GRID + f" {LENGTH_ONE_WORDS}" * length_one
     flags = {
         "symmetric": _present(metrics.get("symmetric")),
         "mse": metrics.get("grid_range") == "mse",
         "act-order": _present(metrics.get("act_order")),
+        LENGTH_ONE_WORDS: length_one,
     }
     return " ".join([group_words(group_size), *(word for word, is_set in flags.items() if is_set)])
 
@@ -203,7 +214,18 @@ _COUNTS = ("bits", "group_size", "seed", "parameters")
 _NUMBERS = (BITS_PER_WEIGHT, BITS_PER_PARAMETER, OUTLIER_RATIO)
 _MEASURED = ("ppl/", "windows/", "layers/", "quantize/", "evaluate/", "warnings/", "agreement/", "zero_shot/")
 _NOT_MEASURED = ("/version", "/sha256")  # endings of keys that tell how something was measured
-_TEXTS = ("digest", "series", "study", "calibration", CALIBRATION_INPUTS, "grid_range", "stage", "error", MODEL_PATH)
+_TEXTS = (
+    "digest",
+    "series",
+    "study",
+    "calibration",
+    CALIBRATION_INPUTS,
+    TOKEN_WEIGHTS,
+    "grid_range",
+    "stage",
+    "error",
+    MODEL_PATH,
+)
 _TRUTHS = ("symmetric", "act_order")
 
 

@@ -154,7 +154,11 @@ def _facts(runs: Sequence[Run]) -> list[str]:
 def _model(runs: Sequence[Run]) -> list[str]:
     """Nothing where the runs are of several models: those have a column."""
     models = {f"{run['model']}, {run['parameters'] / 1e6:,.1f} M parameters" for run in runs if "parameters" in run}
-    return list(models) if len(models) == 1 else []
+    return [*(models if len(models) == 1 else []), *_model_notes(runs)]
+
+
+def _model_notes(runs: Sequence[Run]) -> list[str]:
+    return sorted({f"{run['model']}: {note}" for run in runs if (note := run.get(metrics.MODEL_NOTE))})
 
 
 def _protocols(runs: Sequence[Run]) -> list[str]:

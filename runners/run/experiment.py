@@ -11,8 +11,18 @@ from quantease.layer import Unsupported
 from runners.config.settings import Settings
 from runners.errors import InputError
 from runners.quantization.finished_blocks import delete_finished_blocks
-from runners.results.layers import LayerRecord, refuse_warnings
-from runners.results.metrics import CALIBRATION_INPUTS, METRICS, MODEL_PATH, Reason, Status, bits_words, group_words
+from runners.results.layers import LayerRecord, refuse_warnings, ruled_by_few_tokens
+from runners.results.metrics import (
+    CALIBRATION_INPUTS,
+    METRICS,
+    MODEL_NOTE,
+    MODEL_PATH,
+    TOKEN_WEIGHTS,
+    Reason,
+    Status,
+    bits_words,
+    group_words,
+)
 from runners.results.progress import Progress, owner_words, read_progress, remove_progress
 from runners.results.run_folder import RunFolder
 from runners.run.preflight import RunInputs, preflight, run_environment
@@ -130,11 +140,14 @@ def _measure(settings: Settings, folder: RunFolder, progress: Progress, tracker:
             refuse_warnings(record)
 
     metrics: dict[str, Any] = {"status": Status.DONE.value, "parameters": inputs.checkpoint.parameters}
+    metrics |= {MODEL_NOTE: note} if (note := inputs.checkpoint.note) else {}
     try:
         metrics |= stages.quantize(on_layer)
     finally:
         if progress.records:  # also of a run that fails: the last rows show how far it came
             folder.write_layers(progress.records)
+    if not settings.run.calibration.scales_tokens and (warning := ruled_by_few_tokens(progress.records)):
+        log.warning("%s", warning)
     progress.stage = "evaluate"
     evaluated, windows = stages.evaluate()
     folder.write_windows(windows)
@@ -164,7 +177,9 @@ def _labels(settings: Settings) -> dict[str, Any]:
     if settings.run.quantizes:
         names = ("bits", "group_size", "symmetric", "grid_range", "act_order", "seed")
         labels |= {name: getattr(settings.run, name) for name in names}
-        labels |= {"calibration": settings.run.calibration.name, CALIBRATION_INPUTS: settings.run.calibration.inputs}
+        calibration = settings.run.calibration
+        labels |= {"calibration": calibration.name, CALIBRATION_INPUTS: calibration.inputs}
+        labels |= {TOKEN_WEIGHTS: calibration.token_weights}
     return labels
 
 

@@ -16,6 +16,7 @@ OF_ACTIVATIONS = (  # the modules that compute activations and Hessians; a chang
     "runners/models/host_memory.py",
     "runners/models/activations.py",
     "runners/quantization/input_statistics.py",
+    "runners/quantization/token_energy.py",
     "runners/quantization/calibration_activations.py",
     "runners/quantization/calibration_modes.py",
     "runners/models/streaming.py",
@@ -44,7 +45,11 @@ def statistics_key(settings: Settings, inputs: RunInputs) -> dict[str, Any]:
     """What calibration on the unquantized model depends on."""
     sequences = inputs.sequences
     held_out = None if sequences is None or sequences.held_out is None else ids_hash(sequences.held_out)
-    return model_key(settings, inputs) | {"ids": None if sequences is None else sequences.sha256, "held_out": held_out}
+    return model_key(settings, inputs) | {
+        "ids": None if sequences is None else sequences.sha256,
+        "held_out": held_out,
+        "token_weights": settings.run.calibration.token_weights,
+    }
 
 
 def resume_identity(settings: Settings, inputs: RunInputs) -> dict[str, Any]:

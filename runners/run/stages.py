@@ -105,7 +105,13 @@ class Stages:
         """The inputs that `calibration.inputs` asks for."""
         batch_size, calibration = self.inputs.batch_size, self.settings.run.calibration
         activations = CalibrationActivations(
-            self.source, sequences.used, batch_size, sequences.held_out, self.memory, phases
+            self.source,
+            sequences.used,
+            batch_size,
+            sequences.held_out,
+            self.memory,
+            phases,
+            length_one=calibration.scales_tokens,
         )
         if calibration.inputs == "full_precision":
             key = statistics_key(self.settings, self.inputs)

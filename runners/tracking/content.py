@@ -11,11 +11,11 @@ import pandas as pd
 
 from runners.config.settings import Settings
 from runners.results.layers import LayerRecord
-from runners.results.metrics import CHECKPOINT_SHA256, Status, bits_words, grid_words
+from runners.results.metrics import CHECKPOINT_SHA256, TOKEN_WEIGHTS, Status, bits_words, grid_words
 
 LAYER_INDEX, BLOCK, SWEEP = "layer_index", "block", "sweep"  # the x axes of the curves
 LAYER = "layer/"  # + one of LAYER_VALUES, against LAYER_INDEX
-LAYER_VALUES = ("relative_error", "held_out_error", "bits_per_weight", "seconds")  # fields of a record
+LAYER_VALUES = ("relative_error", "held_out_error", "token_error", "bits_per_weight", "seconds")  # fields of a record
 ERROR = "error/"  # + the layer's name in its block, against BLOCK: a few readable curves per run
 CONVERGENCE = "convergence/mean_relative_error"  # over the layers, against SWEEP
 TABLES = ("layers", "sweeps", "windows")  # the run's files, as tables/<name>
@@ -81,7 +81,8 @@ def run_words(settings: Settings) -> str:
 
 def _grid(settings: Settings) -> str:
     names = ("group_size", "symmetric", "grid_range", "act_order")
-    return grid_words({"method": settings.run.method.name} | {name: getattr(settings.run, name) for name in names})
+    labels = {"method": settings.run.method.name, TOKEN_WEIGHTS: settings.run.calibration.token_weights}
+    return grid_words(labels | {name: getattr(settings.run, name) for name in names})
 
 
 def title(settings: Settings) -> str:

@@ -49,6 +49,11 @@ LAYER_COLUMNS = {
     "notes",
     "held_out_error",
     "worse_than_rounding",
+    "token_error",
+    "energy_top_percent",
+    "energy_max_over_median",
+    "energy_position",
+    "energy_position_share",
 }
 
 

@@ -1,0 +1,1 @@
+"""`python -m runners.fetch NAME`: real language models without a model hub."""
