@@ -3,11 +3,12 @@
 All windows of all texts pass a block before the next one is opened. To compare a quantized model with the unquantized one,
 the activations of the unquantized model take the same way: they pass each block before its weights are replaced, so every
 block is read once for both. What leaves the last block of the unquantized model is kept in the cache, so that only one run
-of a study has to compute it.
+of a study has to compute it. Where the unquantized model itself is measured, a second set of activations that is rounded
+once more after every block passes beside the first: the noise floor of the agreement (see `noise_floor`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor
 
 from runners.evaluation.likelihood import measure_windows
+from runners.evaluation.noise_floor import rounded_once_more
+from runners.evaluation.token_agreement import TokenAgreement
 from runners.models.activations import BlockActivations
 from runners.models.blocks import BlockSource, replace_weights
 from runners.models.memory import Memory
 from runners.quantization.finished_blocks import FinishedBlocks
+from runners.results.metrics import KL_FLOOR, TOP1_FLOOR
 from runners.storage.cache import Cache
 
 # Bytes of float32 logits that are computed at once. A window of 2,048 tokens takes 0.4 GB with OPT's vocabulary and 2.1 GB
@@ -70,6 +74,8 @@ class _TextInProgress:
         activations: those of the model that is measured.
         reference: those of the unquantized model; only in mode REFERENCE_COMPUTED.
         cached: final activations of the unquantized model (windows, length, width); only in the two modes CACHED.
+        rounded: those of the unquantized model that is rounded once more; only where it is measured with its noise floor.
+        agreement: of every token with the unquantized model, or with its noise floor.
     """
 
     ids: Tensor
@@ -78,6 +84,8 @@ class _TextInProgress:
     activations: BlockActivations
     reference: BlockActivations | None = None
     cached: Tensor | None = None
+    rounded: BlockActivations | None = None
+    agreement: TokenAgreement = field(default_factory=TokenAgreement)
 
 
 class BlockwiseEvaluation:
@@ -87,7 +95,8 @@ class BlockwiseEvaluation:
         texts: name to token ids (windows, length) and their hash.
         batch_size: windows that go through a block together.
         blocks: the quantized blocks; None: measure the unquantized model.
-        references: cache of the unquantized model's final activations; None: do not measure agreement with it.
+        references: cache of the unquantized model's final activations; None: do not measure agreement with it, nor its
+            noise floor.
         memory: what to make smaller when memory runs out.
     """
 
@@ -110,6 +119,8 @@ class BlockwiseEvaluation:
     def run(self, on_step: Callable[[str], None]) -> dict[str, dict[str, list[float]]]:
         """Measure every text; returns, for each, what `measure_windows` names, one value per window.
 
+        For the unquantized model KL_FLOOR and TOP1_FLOOR take the place of `kl` and `top1`.
+
         Args:
             on_step: called with what was done, once per block and once per text.
 
@@ -117,7 +128,9 @@ class BlockwiseEvaluation:
             InputError: activations are not finite, or memory runs out with nothing left to make smaller.
         """
         count = len(self._source.blocks)
-        in_progress = [text for text in self._texts.values() if text.mode is not Mode.UNQUANTIZED_CACHED]
+        in_progress = [
+            text for text in self._texts.values() if text.rounded or text.mode is not Mode.UNQUANTIZED_CACHED
+        ]
         for index in range(count):
             if in_progress:
                 self._pass_block(in_progress, index)
@@ -128,6 +141,11 @@ class BlockwiseEvaluation:
             on_step(f"perplexity  {name}")
         return measured
 
+    def token_summary(self, name: str) -> dict[str, float]:
+        """After `run`: quantiles of the KL of a text's tokens, and its mean by confidence; {} where it has no agreement."""
+        text = self._texts[name]
+        return text.agreement.summary() if text.agreement.kl and not text.rounded else {}
+
     def _begin(self, ids: Tensor, sha256: str) -> _TextInProgress:
         activations = self._enter(ids)
         cached = self._references.get(sha256) if self._references else None
@@ -137,6 +155,8 @@ class BlockwiseEvaluation:
             text.reference = self._enter(ids)
         elif cached is not None and mode is Mode.UNQUANTIZED_CACHED:
             activations.hidden = list(cached.split(self._batch_size))
+        if self._blocks is None and self._references is not None:
+            text.rounded = self._enter(ids)
         return text
 
     def _mode(self, *, is_cached: bool) -> Mode:
@@ -159,7 +179,15 @@ class BlockwiseEvaluation:
             if self._blocks is not None:
                 replace_weights(block, self._blocks.layers(index, str(self._source.device)))
             for text in texts:
-                self._advance(text.activations, index)
+                if text.mode is not Mode.UNQUANTIZED_CACHED:
+                    self._advance(text.activations, index)
+                if text.rounded:
+                    self._advance(text.rounded, index)
+                    self._round_once_more(text.rounded, index)
+
+    def _round_once_more(self, activations: BlockActivations, index: int) -> None:
+        for place, hidden in enumerate(activations.hidden):
+            activations.hidden[place].copy_(rounded_once_more(hidden, seed=index * len(activations.hidden) + place))
 
     def _advance(self, activations: BlockActivations, index: int) -> None:
         smaller = self._memory.smaller_batches(activations.batch_size)
@@ -177,9 +205,22 @@ class BlockwiseEvaluation:
                 here = slice(first, first := first + len(hidden))
                 logits = text.activations.logits(hidden)
                 expected = None if reference is None else text.activations.logits(reference[here])
-                for name, values in measure_windows(logits, text.ids[here].to(logits.device), expected).items():
+                ids = text.ids[here].to(logits.device)
+                for name, values in self._of_windows(text, logits, ids, expected, here).items():
                     measured.setdefault(name, []).extend(values.tolist())
         return measured
+
+    def _of_windows(
+        self, text: _TextInProgress, logits: Tensor, ids: Tensor, expected: Tensor | None, here: slice
+    ) -> dict[str, Tensor]:
+        """What is measured of the windows `here`, from their logits and, if there are any, those to compare with."""
+        if text.rounded is None:
+            return measure_windows(logits, ids, expected, text.agreement)
+        sizes = [len(hidden) for hidden in text.rounded.hidden]
+        batch, place = divmod(here.start, sizes[0])  # all batches but the last are of one size
+        rounded = text.rounded.logits(text.rounded.hidden[batch][place : place + len(ids)])
+        floor = measure_windows(rounded, ids, logits)
+        return measure_windows(logits, ids) | {KL_FLOOR: floor["kl"], TOP1_FLOOR: floor["top1"]}
 
     def _reference(self, text: _TextInProgress) -> Tensor | None:
         """Final activations that a text is compared with. Those of the unquantized model are kept if they are new."""

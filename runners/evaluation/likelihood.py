@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
+from runners.evaluation.token_agreement import TokenAgreement
+
 # Positions of a window whose distributions over the vocabulary are computed at once. KL needs several float32 tensors of
 # (positions, vocabulary) per window: with OPT's 50,272 entries 26 MB each, where all 2,048 positions would take 412 MB.
 POSITIONS_AT_ONCE = 128
 
 
-def measure_windows(logits: Tensor, ids: Tensor, reference: Tensor | None = None) -> dict[str, Tensor]:
+def measure_windows(
+    logits: Tensor, ids: Tensor, reference: Tensor | None = None, tokens: TokenAgreement | None = None
+) -> dict[str, Tensor]:
     """Means over the predicted tokens of each window.
 
     Args:
@@ -26,6 +30,7 @@ def measure_windows(logits: Tensor, ids: Tensor, reference: Tensor | None = None
             predicts is not in the window.
         ids: (windows, length), on the device of the logits.
         reference: logits of the unquantized model, of the same shape.
+        tokens: takes the KL of every token, where there is a reference.
 
     Returns:
         `nll`, the negative log-likelihood in nats. With a reference also `kl`, the Kullback-Leibler divergence
@@ -45,7 +50,10 @@ def measure_windows(logits: Tensor, ids: Tensor, reference: Tensor | None = None
         if reference is not None:
             expected = log_softmax(reference[:, here].float(), -1)
             # From log-probabilities, not from a quotient of probabilities: those of rare tokens underflow to 0.
-            sums["kl"] += (expected.exp() * (expected - log_softmax(predicted, -1))).sum(-1).double().sum(1)
+            kl = (expected.exp() * (expected - log_softmax(predicted, -1))).sum(-1)
+            if tokens is not None:
+                tokens.add(kl, expected)
+            sums["kl"] += kl.double().sum(1)
             sums["top1"] += (predicted.argmax(-1) == expected.argmax(-1)).double().sum(1)
     measured = ("nll",) if reference is None else ("nll", "kl", "top1")
     return {name: (sums[name] / count).cpu() for name in measured}

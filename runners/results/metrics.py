@@ -105,8 +105,34 @@ def sha256(text: str) -> str:
 
 
 def agreement(text: str, measure: str) -> str:
-    """How well next-token distributions agree with the unquantized model's; `measure` is `kl` or `top1`."""
+    """How well next-token distributions agree with the unquantized model's.
+
+    `measure` is `kl` (mean, nats per token) or `top1`; a name of KL_QUANTILES; `confidence_kl` or `confidence_share` of a
+    bucket; or, of the unquantized model alone, KL_FLOOR or TOP1_FLOOR.
+    """
     return f"agreement/{text}/{measure}"
+
+
+KL_QUANTILES = {"kl_median": 0.5, "kl_p90": 0.9, "kl_p95": 0.95, "kl_p99": 0.99}  # over the tokens of a text
+CONFIDENCE_EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the unquantized model's largest probability, in five buckets
+KL_FLOOR, TOP1_FLOOR = (
+    "kl_floor",
+    "top1_floor",
+)  # the unquantized model against itself, rounded once more in every block
+
+
+def confidence_kl(bucket: int) -> str:
+    """The measure: mean KL of the tokens in a bucket of confidence, `kl_confidence_20_40`."""
+    return f"kl_confidence_{_edges(bucket)}"
+
+
+def confidence_share(bucket: int) -> str:
+    """The measure: which share of the tokens is in a bucket of confidence, `share_confidence_20_40`."""
+    return f"share_confidence_{_edges(bucket)}"
+
+
+def _edges(bucket: int) -> str:
+    return "_".join(f"{100 * edge:.0f}" for edge in CONFIDENCE_EDGES[bucket : bucket + 2])
 
 
 def zero_shot(task: str, metric: str) -> str:

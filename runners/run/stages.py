@@ -132,10 +132,13 @@ class Stages:
             references = ReferenceCache(self.cache, model_key(self.settings, self.inputs))
         options: dict[str, Any] = {"blocks": self.blocks, "references": references, "memory": self.memory}
         with Meter(self.inputs.device) as meter, progress("evaluating", len(self.source.blocks) + len(texts)) as step:
-            measured = BlockwiseEvaluation(self.source, texts, self.inputs.batch_size, **options).run(step)
+            evaluation = BlockwiseEvaluation(self.source, texts, self.inputs.batch_size, **options)
+            measured = evaluation.run(step)
         result: Metrics = {metrics.EVALUATE_SECONDS: meter.seconds, metrics.EVALUATE_MEMORY: meter.peak_memory_gb}
         for name, windows in self.inputs.windows.items():
             result |= _text_metrics(name, windows, measured[name])
+            tokens = evaluation.token_summary(name)
+            result |= {metrics.agreement(name, measure): value for measure, value in tokens.items()}
         return result, measured
 
     def zero_shot(self) -> Metrics:
@@ -169,7 +172,7 @@ def _unquantized(stored_bits: float) -> Metrics:
 
 
 def _text_metrics(name: str, windows: Windows, measures: Mapping[str, list[float]]) -> Metrics:
-    """The metrics of one text from the measures of its windows: `nll`, and `kl` and `top1` where agreement was measured."""
+    """The metrics of one text from the measures of its windows: `nll`, and those of agreement where it was measured."""
     agreement = {kind: values for kind, values in measures.items() if kind != "nll"}
     return {
         # In float64: the mean of many float32 losses, and then its exponential, would lose digits.

@@ -69,6 +69,9 @@ def test_a_model_does_not_differ_from_itself() -> None:
 def test_runs_carry_their_distance_from_the_reference(toy_settings: ToySettings) -> None:
     reference, row = run_experiment(toy_settings("method=rtn", "bits=2"))
     assert "agreement/wikitext2/kl" not in reference
+    assert abs(reference["agreement/wikitext2/kl_floor"]) < 1e-6 < row["agreement/wikitext2/kl"]  # float32
+    assert reference["agreement/wikitext2/top1_floor"] > 0.99
+    assert row["agreement/wikitext2/kl_median"] < row["agreement/wikitext2/kl_p90"] < row["agreement/wikitext2/kl_p99"]
     assert row["agreement/wikitext2/kl"] > 0
     assert 0 <= row["agreement/wikitext2/top1"] <= 1
     settings = toy_settings("method=rtn", "bits=2")
