@@ -94,7 +94,7 @@ def test_the_floor_is_the_same_each_time_and_higher_in_coarser_numbers(tmp_path:
     assert first == second
     assert fine == again
     coarse, _ = floor_of(random_model("llama").bfloat16(), tmp_path / "coarse")
-    assert abs(fine) < 1e-7 < coarse < 1e-2
+    assert 5 * abs(fine) < coarse < 1e-2
 
 
 def test_without_moves_there_is_no_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
