@@ -57,8 +57,9 @@ def test_the_commands_of_the_readme_compose() -> None:
         assert check(overrides, multirun="-m" in words)
 
 
-def test_a_method_pasted_from_the_readme_works(tmp_path: Path) -> None:
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("readme", ["README.md", "baselines/README.md"])
+def test_a_method_pasted_from_the_readme_works(readme: str, tmp_path: Path) -> None:
+    text = (PROJECT / readme).read_text(encoding="utf-8")
     code = re.search(r"```python\n(# baselines/mine\.py\n.*?)```", text, re.DOTALL)
     assert code is not None
     file = tmp_path / "mine.py"

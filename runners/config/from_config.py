@@ -8,9 +8,10 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from quantease.layer import LayerSolver
 from runners.config.build import build, unknown_setting
 from runners.config.execution import Execution
+from runners.config.hydra_internals import option_of_group, options_of_group
 from runners.config.run import Method, Run
 from runners.config.settings import ALL_SETTINGS, RUN_SETTINGS, Settings
-from runners.errors import InputError
+from runners.errors import InputError, known_names
 
 
 def settings_from(cfg: DictConfig) -> Settings:
@@ -50,4 +51,17 @@ def _method(node: Any) -> Method:
         raise InputError("method.name is missing: the file of a method in conf/ must give its name")
     if target is None and (unknown := sorted(set(method) - {"_target_"})):
         raise unknown_setting("method", unknown[0], [])
+    if isinstance(method.get("init"), str):
+        method["init"] = _method_named(method["init"])
     return Method(name, build(LayerSolver, method, "method") if target is not None else None)
+
+
+def _method_named(name: str) -> Any:
+    """The settings of another method's file, for `method.init=gptq`."""
+    options = options_of_group("method")
+    if name not in options:
+        raise InputError(f"there is no method {name} for method.init: {known_names(name, options)}")
+    node = option_of_group("method", name)
+    if node.get("_target_") is None:
+        raise InputError(f"method.init={name}: {name} does not quantize, so it has no answer to start from: use null")
+    return node

@@ -8,7 +8,8 @@ import itertools
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from functools import lru_cache
+from typing import Any, NoReturn, cast
 
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -20,7 +21,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, RangeS
 from hydra.core.plugins import Plugins
 from hydra.core.utils import configure_log, run_job
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from runners.errors import InputError
 
@@ -45,6 +46,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     options, unknown = parser.parse_known_intermixed_args(list(arguments))
     if unknown:
         name, _, value = unknown[0].lstrip("-").partition("=")
+        after = [*arguments, ""][arguments.index(unknown[0]) + 1]  # `--method gptq`: a setting in the manner of options
+        value = value or ("" if "=" in after or after.startswith("-") else after)
         raise InputError(
             f"there is no option {unknown[0]}: settings are written without dashes, as {name or 'name'}="
             f"{value or 'VALUE'}; the options are -m, --help, --cfg job and those of python run.py --hydra-help"
@@ -88,6 +91,19 @@ def glob_of(override: Override) -> Glob | None:
 def overrides_of_cells(overrides: list[Override]) -> list[list[str]]:
     """The overrides of every cell of a sweep, in the order in which Hydra's sweeper starts them."""
     return [cell for batch in BasicSweeper.split_arguments(overrides, None) for cell in batch]
+
+
+def options_of_group(group: str) -> list[str]:
+    """The names of a conf group's files, wherever Hydra composes, in this process or in that of a launcher."""
+    return GlobalHydra.instance().config_loader().get_group_options(group)
+
+
+@lru_cache
+def option_of_group(group: str, name: str) -> dict[str, Any]:
+    """What a file of a conf group sets, with its defaults; not to be changed, as every caller gets the same."""
+    loader = GlobalHydra.instance().config_loader()
+    composed = loader.load_configuration("config", [f"{group}={name}"], run_mode=RunMode.RUN, from_shell=False)
+    return cast(dict[str, Any], OmegaConf.to_container(composed[group], resolve=True))
 
 
 def run_here(cfg: DictConfig, task: Task) -> None:

@@ -32,6 +32,7 @@ def parse(lines: Sequence[str], multirun: bool, groups: Groups) -> list[Override
     Raises:
         InputError: a setting cannot be read, chooses an option that its group lacks, or sweeps without `-m`.
     """
+    _check_commas(lines)
     parser = overrides_parser()
     parsed = [_listed(_read(parser, line), parser, multirun, groups) for line in lines]
     _check_choices(parsed, groups)
@@ -72,6 +73,15 @@ def set_values(config: DictConfig, overrides: Sequence[Override], groups: Groups
 def first_line(error: Exception) -> str:
     """The first line of an error of Hydra or OmegaConf: the others are links and the state of their parsers."""
     return str(error).strip().split("\n")[0].rstrip(".:")
+
+
+def _check_commas(lines: Sequence[str]) -> None:
+    """A space beside a comma, as in `bits=3, 4`, makes several words of a list."""
+    for place, line in enumerate(lines):
+        rest = list(itertools.takewhile(lambda word: "=" not in word, lines[place + 1 :]))
+        if "=" in line and rest and (line.endswith(",") or rest[0].startswith(",")):
+            words = [line, *rest]
+            raise InputError(f"{' '.join(words)} is {len(words)} words: write a list without spaces, {''.join(words)}")
 
 
 def _read(parser: OverridesParser, line: str) -> Override:

@@ -40,7 +40,9 @@ WRONG = {
     "++method.foo=1": "there is no setting method.foo",
     "method.num_iter=3": "there is no setting method.num_iter: did you mean num_iters?",
     "method.num_iters=0": "method.num_iters must be at least 1, not 0",
-    "method.init=gptq": 'method.init must be a mapping that says with _target_ which class to build, not "gptq"',
+    "method.init=gtpq": "there is no method gtpq for method.init: did you mean gptq?",
+    "method.init=fp16": "fp16 does not quantize, so it has no answer to start from",
+    "method.init=3": "method.init must be a mapping that says with _target_ which class to build, not 3",
     "method._target_=os.system": "only classes of quantease, baselines, runners may be built",
     "method._target_=quantease.nothing.Nothing": "which does not exist",
     "method._target_=quantease.layer.objective": "which is not a dataclass",
@@ -123,6 +125,25 @@ def test_what_starts_the_cells_reads_the_values_that_were_checked() -> None:
     ]
 
 
+def test_a_list_in_quotes_may_have_spaces() -> None:
+    assert [cell.run.bits for cell in check(["method=rtn", "bits=3, 4"], multirun=True)] == [3, 4]
+
+
+def test_another_method_to_start_from_is_named() -> None:
+    """`method.init=NAME` is the other method's file, with its defaults, as a defaults list has it."""
+    (composed,) = check(["method=gptq_quantease", "method.name=quantease"], multirun=False)
+    (named,) = check(["method.init=gptq"], multirun=False)
+    assert named == composed
+    assert named.digest == composed.digest
+    cells = check(["method.init=null,gptq,spqr_1pct"], multirun=True)
+    assert [type(getattr(cell.run.method.solver, "init", None)).__name__ for cell in cells] == [
+        "NoneType",
+        "GPTQ",
+        "SpQR",
+    ]
+    assert getattr(getattr(cells[2].run.method.solver, "init", None), "outlier_ratio", None) == 0.01
+
+
 NO_SWEEPS = {
     "method=glob(zzz*)": "method=glob(zzz*) names no value: there are awq, fp16",
     "seed=glob(*)": "glob chooses among the files of a group",
@@ -153,7 +174,12 @@ def test_the_option_of_a_sweep_may_be_anywhere(place: int) -> None:
 
 NO_OPTIONS = {
     "--method=gptq": "there is no option --method=gptq: settings are written without dashes, as method=gptq",
-    "--method gptq": "there is no option --method",
+    "--method gptq": "there is no option --method: settings are written without dashes, as method=gptq;",
+    "--method bits=3": "there is no option --method: settings are written without dashes, as method=VALUE;",
+    "bits=3 --method": "there is no option --method: settings are written without dashes, as method=VALUE;",
+    "-m bits=3, 4 seed=0": "bits=3, 4 is 2 words: write a list without spaces, bits=3,4",
+    "-m method=rtn, gptq, awq": "method=rtn, gptq, awq is 3 words: write a list without spaces, method=rtn,gptq,awq",
+    "bits=3 ,4 -m": "bits=3 ,4 is 2 words: write a list without spaces, bits=3,4",
     "-1": "'-1' is not a setting: settings are written as name=value",
     "--multi bits=2,3": "there is no option --multi",
     "--help=method": "ignored explicit argument 'method'",
