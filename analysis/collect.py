@@ -164,15 +164,19 @@ def _refuse_mixtures(frame: pd.DataFrame) -> None:
     """
     _refuse(frame, CALIBRATION_INPUTS, f"the runs mix {CALIBRATION_INPUTS}")
     for text in metrics.names(frame.columns, "protocol"):
-        _refuse(frame, metrics.protocol(text), f"the runs on {text} mix protocols")
+        key, what = metrics.protocol(text), f"the runs on {text} mix protocols"
+        # Where BOS is depends on the model: tables say it, and mix it over models, never within one.
+        _refuse(frame, key, what, frame[key].map(metrics.base_protocol, na_action="ignore"))
+        for _, runs in frame.groupby("model"):
+            _refuse(runs, key, what)
     for text in metrics.names(frame.columns, "sha256"):
         for model, runs in frame.groupby("model"):
             what = f"the runs of {model} on {text} mix texts (another Python, or other data)"
             _refuse(runs, metrics.sha256(text), what)
 
 
-def _refuse(frame: pd.DataFrame, column: str, what: str) -> None:
+def _refuse(frame: pd.DataFrame, column: str, what: str, compared: pd.Series | None = None) -> None:
     different = sorted(set(frame[column].dropna()))
-    if len(different) > 1:
+    if len(set((frame[column] if compared is None else compared).dropna())) > 1:
         choices = " or ".join(f"{column}={value}" for value in different)
         raise ValueError(f"{what}: {', '.join(different)}. Choose by {choices}")

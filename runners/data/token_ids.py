@@ -9,17 +9,18 @@ from transformers import PreTrainedTokenizerBase
 from runners.errors import InputError
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Token ids of a text, int64 (tokens,), with the special tokens that the tokenizer adds.
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> Tensor:
+    """Token ids of a text, int64 (tokens,).
 
-    They are kept as in GPTQ's code: a tokenizer that adds a BOS token adds it once, before the whole text, so of a joined
-    text only the first window has one.
+    Args:
+        special: keep the special tokens that the tokenizer adds, as GPTQ's code does: a tokenizer that adds a BOS token adds
+            it once, before the whole text, so of a joined text only the first window has one.
 
     Raises:
         InputError: the tokenizer cannot encode the text.
     """
     try:
-        return torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
+        return torch.tensor(tokenizer(text, add_special_tokens=special)["input_ids"], dtype=torch.int64)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in the Rust library `tokenizers` is not an Exception

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from runners.data.bos import AUTO, TEXT, WINDOW, check_bos, deviation, resolve_bos, with_bos
 from runners.data.datasets import Dataset
-from runners.data.token_ids import begins_with_special_token, encode, ids_hash
+from runners.data.token_ids import encode, ids_hash
 from runners.errors import InputError, MissingData
 from runners.identity import counts_if
 
@@ -48,6 +49,7 @@ class Evaluation:
         skip_missing: skip a text whose data set is missing, and store the reason; otherwise the run fails. (A missing task
             never fails a run.)
         agreement: compare the next-token distribution with the unquantized model's on every text.
+        bos: where the texts have the token that begins texts, see `runners.data.bos`.
     """
 
     texts: dict[str, Text]
@@ -56,8 +58,10 @@ class Evaluation:
     limit: int | None = field(default=None, metadata=counts_if(lambda evaluation: evaluation.tasks))
     skip_missing: bool = field(default=False, metadata=counts_if(lambda evaluation: evaluation.skip_missing))
     agreement: bool = True
+    bos: str = field(default=AUTO, metadata=counts_if(lambda evaluation: evaluation.bos != AUTO))
 
     def __post_init__(self) -> None:
+        check_bos(self.bos)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1 or null, not {self.limit}")
         if repeated := [name for name in self.tasks if self.tasks.count(name) > 1]:
@@ -72,7 +76,8 @@ class Windows:
         ids: token ids (windows, length).
         protocol: the protocol's name, followed by any deviation from it.
         tokens: tokens of the whole text, before windows were cut.
-        bos: `text`: the tokenizer has added a token before the text, which the first window alone has; or `none`.
+        bos: `text`: the tokenizer has added a token before the text, which the first window alone has; `window`: every
+            window begins with it; or `none`.
     """
 
     ids: Tensor
@@ -87,9 +92,12 @@ class Windows:
 
 
 def cut_texts(
-    evaluation: Evaluation, tokenizer: PreTrainedTokenizerBase, length: int, data_root: str | None
+    evaluation: Evaluation, tokenizer: PreTrainedTokenizerBase, length: int, data_root: str | None, model_type: str = ""
 ) -> tuple[dict[str, Windows], dict[str, str]]:
     """Cut all evaluation texts into windows of `length` tokens.
+
+    Args:
+        model_type: of the model's config, which decides where BOS is with `evaluation.bos=auto`.
 
     Returns:
         The windows by the text's name; and for each text that was skipped the reason, in a sentence.
@@ -99,9 +107,10 @@ def cut_texts(
         InputError: as for `cut_windows`.
     """
     windows, skipped = {}, {}
+    bos = resolve_bos(evaluation.bos, tokenizer, model_type)
     for name, text in evaluation.texts.items():
         try:
-            windows[name] = cut_windows(name, text, tokenizer, length, data_root)
+            windows[name] = cut_windows(name, text, tokenizer, length, data_root, bos)
         except MissingData as error:
             if not evaluation.skip_missing:
                 raise
@@ -110,14 +119,23 @@ def cut_texts(
 
 
 def cut_windows(
-    name: str, text: Text, tokenizer: PreTrainedTokenizerBase, length: int, data_root: str | None
+    name: str,
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    data_root: str | None,
+    bos: str | None = None,
 ) -> Windows:
     """Tokenize one evaluation text and cut it into windows of `length` tokens.
+
+    Args:
+        bos: `text`, `window` or `none`; None: what the papers have, `text` where the tokenizer adds BOS.
 
     Raises:
         MissingData: the data set is missing.
         InputError: the data set is damaged, the tokenizer cannot read it, or it is shorter than one window.
     """
+    bos = bos or resolve_bos(TEXT, tokenizer, "")
     rows = text.dataset.rows(data_root)
     protocol = text.protocol
     if text.max_documents is not None:
@@ -128,13 +146,15 @@ def cut_windows(
         rows = rows[: text.max_documents]
     # Joined first, then tokenized, as in GPTQ's code: a tokenizer may merge characters across the join, and it adds a BOS
     # token once, not once per document.
-    ids = encode(tokenizer, text.join.join(rows))
-    count = len(ids) // length  # the tail is dropped: a shorter window would predict its tokens from less context
+    ids = encode(tokenizer, text.join.join(rows), special=bos == TEXT)
+    own = length - (bos == WINDOW)  # tokens of the text in a window
+    count = len(ids) // own  # the tail is dropped: a shorter window would predict its tokens from less context
     if count == 0:
         raise InputError(
             f"the text {name} has {len(ids)} tokens, fewer than one window of {length}: lower model.sequence_length or take "
             "another text"
         )
     count = min(count, text.max_windows or count)
-    bos = "text" if begins_with_special_token(tokenizer) else "none"
-    return Windows(ids[: count * length].reshape(count, length), protocol, len(ids), bos)
+    windows = ids[: count * own].reshape(count, own)
+    windows = with_bos(windows, tokenizer) if bos == WINDOW else windows
+    return Windows(windows, protocol + deviation(bos, tokenizer), len(ids), bos)

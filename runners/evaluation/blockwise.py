@@ -37,6 +37,7 @@ class Mode(Enum):
     UNQUANTIZED_CACHED = auto()  # the same, but another run has computed its final activations: nothing has to pass
     QUANTIZED = auto()  # a quantized model is measured, and agreement is not asked for
     REFERENCE_CACHED = auto()  # a quantized model is compared with final activations from the cache
+    PROBE = auto()  # the model that is measured, whichever it is, with its loss alone
     REFERENCE_COMPUTED = auto()  # a quantized model is compared with the unquantized one, which passes the same blocks
 
 
@@ -98,6 +99,7 @@ class BlockwiseEvaluation:
         references: cache of the unquantized model's final activations; None: do not measure agreement with it, nor its
             noise floor.
         memory: what to make smaller when memory runs out.
+        probes: name to token ids (windows, length) of which only the loss is asked, and that are not kept in the cache.
     """
 
     def __init__(
@@ -109,11 +111,14 @@ class BlockwiseEvaluation:
         blocks: FinishedBlocks | None = None,
         references: ReferenceCache | None = None,
         memory: Memory | None = None,
+        probes: dict[str, Tensor] | None = None,
     ) -> None:
         self._source, self._blocks, self._references = source, blocks, references
         self._memory = memory or Memory()
         self._batch_size = batch_size
         self._texts = {name: self._begin(*text) for name, text in texts.items()}
+        for name, ids in (probes or {}).items():
+            self._texts[name] = _TextInProgress(ids, "", Mode.PROBE, self._enter(ids))
 
     @torch.no_grad()
     def run(self, on_step: Callable[[str], None]) -> dict[str, dict[str, list[float]]]:
@@ -234,7 +239,7 @@ class BlockwiseEvaluation:
                 return self._keep(text.sha256, text.reference)
             case Mode.REFERENCE_CACHED:
                 return text.cached
-            case Mode.UNQUANTIZED_CACHED | Mode.QUANTIZED:
+            case Mode.UNQUANTIZED_CACHED | Mode.QUANTIZED | Mode.PROBE:
                 return None
 
     def _keep(self, sha256: str, unquantized: BlockActivations) -> Tensor:

@@ -63,6 +63,14 @@ ZERO_SHOT_BATCH_SIZE = (
     "zero_shot/batch_size"  # sequences of full length at once: it decides the order of sums, so near ties
 )
 CALIBRATION_SHA256 = "calibration/sha256"
+CALIBRATION_BOS = "calibration/bos"  # as `bos` of a text
+CALIBRATION_TOKENS = "calibration/tokens"
+CALIBRATION_DISTINCT = "calibration/distinct_tokens"  # at different places of the calibration text
+CALIBRATION_DOCUMENTS = "calibration/documents"  # that the sequences are from; absent where all are joined
+CALIBRATION_HELD_OUT = "calibration/held_out_sequences"
+CALIBRATION_NOTES = "calibration/notes"  # what the text was too small for
+PPL_WITH_BOS = "evaluate/ppl_with_bos"  # of the unquantized model on one window that begins with BOS,
+PPL_WITHOUT_BOS = "evaluate/ppl_without_bos"  # and without
 CHECKPOINT_SHA256 = "checkpoint/sha256"
 CALIBRATION_INPUTS = "calibration_inputs"
 TOKEN_WEIGHTS = "token_weights"  # absent from results older than the setting: uniform
@@ -95,7 +103,7 @@ def windows(text: str) -> str:
 
 
 def bos(text: str) -> str:
-    """Where a text has a token that its tokenizer adds before it: `text` (before the first window only) or `none`."""
+    """Where a text has the token that begins texts: `text` (in its first window only), `window` (in every) or `none`."""
     return f"bos/{text}"
 
 
@@ -198,9 +206,31 @@ def grid_words(metrics: Mapping[str, Any]) -> str:
     return " ".join([group_words(group_size), *(word for word, is_set in flags.items() if is_set)])
 
 
+BOS_SUFFIX = ", "  # between a protocol's name and what is said of BOS in it
+
+
+def base_protocol(name: str) -> str:
+    """A protocol without what is said of BOS, which depends on the model."""
+    return name.partition(BOS_SUFFIX)[0]
+
+
 def group_words(group_size: float | None) -> str:
     """`group 64`; `per-channel` for None, where a whole output row shares one scale."""
     return PER_CHANNEL if group_size is None else f"group {group_size:g}"
+
+
+FAR_WORSE = 1.2  # from this ratio of perplexities on, a window without BOS is far worse than with it
+
+
+def bos_warning(metrics: Mapping[str, Any]) -> str | None:
+    """A sentence where the unquantized model is far worse without BOS in a window than with it; None where it is not."""
+    without, with_it = metrics.get(PPL_WITHOUT_BOS), metrics.get(PPL_WITH_BOS)
+    if without is None or with_it is None or without < FAR_WORSE * with_it:
+        return None
+    return (
+        f"on one window the unquantized model has a perplexity of {without:.2f} without BOS and of {with_it:.2f} with it: "
+        "evaluation.bos=window calibration.bos=window gives it to every window"
+    )
 
 
 def model_words(runs: Iterable[Mapping[str, Any]]) -> list[str]:

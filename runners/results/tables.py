@@ -148,7 +148,14 @@ def _zero_shot_tasks(runs: Sequence[Run], metric: str) -> list[str]:
 
 def _facts(runs: Sequence[Run]) -> list[str]:
     """What holds for all runs and is needed to read their numbers: model, protocols, samples, and what is missing."""
-    return [*_model(runs), *_protocols(runs), *_questions(runs), *_damping(runs), *_not_measured(runs)]
+    return [
+        *_model(runs),
+        *_protocols(runs),
+        *_questions(runs),
+        *_damping(runs),
+        *_not_measured(runs),
+        *_warnings(runs),
+    ]
 
 
 def _model(runs: Sequence[Run]) -> list[str]:
@@ -165,7 +172,7 @@ def _protocols(runs: Sequence[Run]) -> list[str]:
     return sorted(
         {
             f"{text}: {run[metrics.protocol(text)]}, {run[metrics.windows(text)]} windows"
-            + ", BOS in the first" * (run.get(metrics.bos(text)) == "text")
+            + ", BOS in the first" * (run.get(metrics.bos(text)) == "text")  # `window` is part of the protocol's name
             for run in runs
             for text in metrics.names(run, "protocol")
         }
@@ -185,6 +192,18 @@ def _damping(runs: Sequence[Run]) -> list[str]:
 def _not_measured(runs: Sequence[Run]) -> list[str]:
     skipped = _names(runs, "skipped")
     return [f"not measured: {', '.join(skipped)} (why: skipped/ in metrics.json)"] if skipped else []
+
+
+def _warnings(runs: Sequence[Run]) -> list[str]:
+    """What makes the numbers doubtful: no BOS where the model needs it, differences in KL below the noise floor."""
+    found = [warning for run in runs if (warning := metrics.bos_warning(run))]
+    floors = {
+        f"noise floor of the KL on {text}: {run[key]:.1e}, a smaller difference is none"
+        for run in runs
+        for text in metrics.names(run, "ppl")
+        if (key := metrics.agreement(text, metrics.KL_FLOOR)) in run
+    }
+    return [*dict.fromkeys(found), *sorted(floors)]
 
 
 def _damping_was_raised(run: Run) -> bool:

@@ -21,6 +21,7 @@ from runners.results.metrics import (
     Reason,
     Status,
     bits_words,
+    bos_warning,
     group_words,
 )
 from runners.results.progress import Progress, owner_words, read_progress, remove_progress
@@ -126,6 +127,8 @@ def _measure(settings: Settings, folder: RunFolder, progress: Progress, tracker:
     environment = run_environment(inputs)
     folder.write_json("environment.json", environment)
     log.info("%s", _headline(settings, inputs))
+    for note in inputs.sequences.notes if inputs.sequences else ():
+        log.warning("%s", note)
     progress.stage = "load"
     torch.manual_seed(settings.run.seed)
     stages = Stages.open(settings, inputs, folder.path)
@@ -150,6 +153,8 @@ def _measure(settings: Settings, folder: RunFolder, progress: Progress, tracker:
         log.warning("%s", warning)
     progress.stage = "evaluate"
     evaluated, windows = stages.evaluate()
+    if warning := bos_warning(evaluated):
+        log.warning("%s", warning)
     folder.write_windows(windows)
     progress.stage = "zero-shot"
     return metrics | evaluated | stages.zero_shot() | stages.resources()

@@ -59,13 +59,13 @@ def preflight(settings: Settings) -> RunInputs:
         _check_coverage(checkpoint, settings.run.warnings)
     tokenizer = load_tokenizer(checkpoint)
     length = checkpoint.sequence_length
-    windows, skipped = cut_texts(settings.run.evaluation, tokenizer, length, settings.execution.data_root)
-    tasks, missing = prepare_tasks(settings.run.evaluation.tasks, settings.execution.data_root)
+    model_type, data_root = checkpoint.config.model_type, settings.execution.data_root
+    windows, skipped = cut_texts(settings.run.evaluation, tokenizer, length, data_root, model_type)
+    tasks, missing = prepare_tasks(settings.run.evaluation.tasks, data_root)
     sequences = None
     if settings.run.quantizes:
-        sequences = draw_sequences(
-            settings.run.calibration, tokenizer, length, settings.run.seed, settings.execution.data_root
-        )
+        calibration, seed = settings.run.calibration, settings.run.seed
+        sequences = draw_sequences(calibration, tokenizer, length, seed, data_root, model_type)
     # After the sequences are drawn, because lm-eval adds a padding token to a tokenizer that has none.
     limit = settings.run.evaluation.limit
     prompts = check_prompts(tasks, tokenizer, checkpoint.config, length=length, limit=limit)

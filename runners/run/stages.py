@@ -1,5 +1,6 @@
 """The stages of a run after its preflight: quantize, evaluate, zero-shot. Each returns its part of `metrics.json`."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,9 +8,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from runners.config.settings import Settings
 from runners.console import progress
+from runners.data.bos import NONE, WINDOW, probes
 from runners.data.calibration import Sequences
 from runners.data.windows import Windows
 from runners.evaluation.blockwise import BlockwiseEvaluation, ReferenceCache
@@ -97,7 +100,7 @@ class Stages:
             metrics.QUANTIZE_SECONDS: sum(phases.seconds.values()),
             metrics.QUANTIZE_MEMORY: meter.peak_memory_gb,
             **{metrics.phase_seconds(phase): seconds for phase, seconds in phases.seconds.items()},
-            metrics.CALIBRATION_SHA256: sequences.sha256,
+            **_calibration_metrics(sequences),
             metrics.CHECKPOINT_SHA256: self.blocks.sha256,
         }
 
@@ -131,15 +134,23 @@ class Stages:
         if self.settings.run.evaluation.agreement:
             references = ReferenceCache(self.cache, model_key(self.settings, self.inputs))
         options: dict[str, Any] = {"blocks": self.blocks, "references": references, "memory": self.memory}
+        probed = {} if self.blocks is not None else self._bos_probes()
         with Meter(self.inputs.device) as meter, progress("evaluating", len(self.source.blocks) + len(texts)) as step:
-            evaluation = BlockwiseEvaluation(self.source, texts, self.inputs.batch_size, **options)
+            evaluation = BlockwiseEvaluation(self.source, texts, self.inputs.batch_size, probes=probed, **options)
             measured = evaluation.run(step)
         result: Metrics = {metrics.EVALUATE_SECONDS: meter.seconds, metrics.EVALUATE_MEMORY: meter.peak_memory_gb}
         for name, windows in self.inputs.windows.items():
             result |= _text_metrics(name, windows, measured[name])
             tokens = evaluation.token_summary(name)
             result |= {metrics.agreement(name, measure): value for measure, value in tokens.items()}
+        keys = {NONE: metrics.PPL_WITHOUT_BOS, WINDOW: metrics.PPL_WITH_BOS}
+        result |= {keys[name]: math.exp(fmean(measured.pop(name)["nll"])) for name in probed}
         return result, measured
+
+    def _bos_probes(self) -> dict[str, Tensor]:
+        """A window of the first text with and without BOS: enough to see whether the model needs it."""
+        first = next(iter(self.inputs.windows.values()))
+        return probes(first.ids, first.bos, self.inputs.tokenizer)
 
     def zero_shot(self) -> Metrics:
         """Accuracies, with the whole model in memory; and the reasons of the texts and tasks that were skipped."""
@@ -163,6 +174,19 @@ class Stages:
         """Hits and misses of the cache, and what was done when memory ran out."""
         steps = {metrics.MEMORY_STEPS: "; ".join(self.memory.steps)} if self.memory.steps else {}
         return {metrics.CACHE_HITS: self.cache.hits, metrics.CACHE_MISSES: self.cache.misses} | steps
+
+
+def _calibration_metrics(sequences: Sequences) -> Metrics:
+    """What the run was calibrated on, and how much of it was different text."""
+    facts: Metrics = {
+        metrics.CALIBRATION_SHA256: sequences.sha256,
+        metrics.CALIBRATION_BOS: sequences.bos,
+        metrics.CALIBRATION_TOKENS: sequences.used.numel(),
+        metrics.CALIBRATION_DISTINCT: sequences.distinct_tokens,
+        metrics.CALIBRATION_HELD_OUT: 0 if sequences.held_out is None else len(sequences.held_out),
+    }
+    facts |= {} if sequences.documents is None else {metrics.CALIBRATION_DOCUMENTS: sequences.documents}
+    return facts | ({metrics.CALIBRATION_NOTES: "; ".join(sequences.notes)} if sequences.notes else {})
 
 
 def _unquantized(stored_bits: float) -> Metrics:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,7 +21,6 @@ from runners.data.datasets import HubDataset, StandardLibrary
 from runners.data.stdlib import SHARES, Part, documents, part_of
 from runners.data.token_ids import ids_hash
 from runners.data.windows import Text, cut_windows
-from runners.errors import InputError
 from runners.evaluation.likelihood import perplexity, window_losses
 from runners.run.experiment import run_cell
 from tests.conftest import PROJECT, SHARED, TOKENIZER, ToySettings, write_rows
@@ -160,10 +160,52 @@ def _document(documents: list[list[int]], sequence: list[int]) -> int:
     return next(n for n, ids in enumerate(documents) if any(ids[i : i + 32] == sequence for i in range(len(ids))))
 
 
-def test_a_text_that_leaves_nothing_to_hold_out_is_refused(data_root: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_small_text_holds_out_fewer_and_says_so(data_root: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     calibration = Calibration("c4", C4_TRAIN, "documents", num_sequences=20)
-    with pytest.raises(InputError, match=r"too short to hold out 16 sequences .* calibration\.held_out \(0: none\)"):
-        draw_sequences(calibration, tokenizer, 32, 0, str(data_root))
+    small = draw_sequences(calibration, tokenizer, 32, 0, str(data_root))
+    assert len(small.used) == 20
+    assert small.held_out is None
+    few, none = small.notes
+    assert small.documents == 12  # all that the data set has
+    assert re.fullmatch(r"calibration=c4: 20 sequences are from 12 documents, \d+% of their tokens distinct", few)
+    assert none.startswith("calibration=c4: 0 of 16 sequences are held out")
+    assert none.endswith("layer errors on unseen tokens are not measured")
+    enough = draw_sequences(replace(calibration, num_sequences=6, held_out=4), tokenizer, 32, 0, str(data_root))
+    assert enough.notes == ()
+    assert enough.documents == 6
+    assert enough.distinct_tokens == 6 * 32
+
+
+@pytest.mark.parametrize("sampling", ["documents", "joined"])
+def test_distinct_tokens_are_places_of_the_text(
+    sampling: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Of texts in which every word occurs once, so that a token's place is told by its neighbors."""
+    rows = [{"text": " ".join(f"{number * 100 + word}" for word in range(60))} for number in range(4)]
+    write_rows(tmp_path / "c4" / "train.jsonl", rows)
+    calibration = Calibration("c4", C4_TRAIN, sampling, num_sequences=12, held_out=0)
+    drawn = draw_sequences(calibration, tokenizer, 32, 0, str(tmp_path))
+    texts = (
+        [row["text"] for row in rows] if sampling == "documents" else [calibration.join.join(r["text"] for r in rows)]
+    )
+    documents = [tokenizer(text)["input_ids"] for text in texts]
+    covered = set()
+    for sequence in drawn.used.tolist():
+        document = _document(documents, sequence)
+        start = _place(documents[document], sequence)
+        covered |= {(document, start + step) for step in range(32)}
+    assert drawn.distinct_tokens == len(covered)
+
+
+def test_a_run_goes_on_without_held_out_sequences(toy_settings: ToySettings) -> None:
+    run = run_cell(toy_settings("method=gptq", "calibration.num_sequences=20"))
+    assert run["status"] == "done"
+    assert run["calibration/held_out_sequences"] == 0
+    assert run["calibration/documents"] == 12
+    assert run["calibration/distinct_tokens"] < run["calibration/tokens"] == 20 * 64
+    assert "0 of 16 sequences are held out" in run["calibration/notes"]
+    assert "layers/mean_held_out_error" not in run
+    assert "layers/mean_token_error" not in run
 
 
 def test_no_calibration_is_drawn_from_what_is_evaluated() -> None:
