@@ -91,13 +91,7 @@ def test_windows_and_their_protocol(data_root: Path, tokenizer: PreTrainedTokeni
 def test_calibration_sequences(sampling: str, data_root: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     calibration = Calibration("c4", C4_TRAIN, sampling, num_sequences=12, held_out=2)
     drawn = {
-        kind: draw_sequences(
-            Calibration("c4", C4_TRAIN, sampling, num_sequences=12, held_out=2, bos=kind),
-            tokenizer,
-            LENGTH,
-            3,
-            str(data_root),
-        )
+        kind: draw_sequences(replace(calibration, bos=kind), tokenizer, LENGTH, 3, str(data_root))
         for kind in ("text", "window", "none")
     }
     assert {kind: sequences.bos for kind, sequences in drawn.items()} == {kind: kind for kind in drawn}
