@@ -1,6 +1,7 @@
 """Where the token that begins texts is: in the ids, in the protocol's name, in the result."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
