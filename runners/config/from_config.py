@@ -13,6 +13,8 @@ from runners.config.run import Method, Run
 from runners.config.settings import ALL_SETTINGS, RUN_SETTINGS, Settings
 from runners.errors import InputError, known_names
 
+OWN_TEXT = "file"  # the key of the text in conf/evaluation/file.yaml
+
 
 def settings_from(cfg: DictConfig) -> Settings:
     """The settings of one cell.
@@ -25,6 +27,7 @@ def settings_from(cfg: DictConfig) -> Settings:
         if key not in ALL_SETTINGS:
             raise unknown_setting("", key, list(ALL_SETTINGS))
     tree["method"] = _method(tree.get("method"))
+    tree |= {key: _without_shorthands(key, tree[key]) for key in ("calibration", "evaluation") if key in tree}
     run = {key: entry for key, entry in tree.items() if key in RUN_SETTINGS}
     execution = {key: entry for key, entry in tree.items() if key not in RUN_SETTINGS}
     return Settings(build(Run, run, ""), build(Execution, execution, ""))
@@ -54,6 +57,19 @@ def _method(node: Any) -> Method:
     if isinstance(method.get("init"), str):
         method["init"] = _method_named(method["init"])
     return Method(name, build(LayerSolver, method, "method") if target is not None else None)
+
+
+def _without_shorthands(group: str, node: Any) -> Any:
+    """The node of a text of one's own (conf/*/file.yaml) without `path` and `column`, which its data set has taken over.
+
+    Of an evaluation, `name` becomes the name of the text.
+    """
+    if not isinstance(node, dict) or "path" not in node:
+        return node
+    node = {key: entry for key, entry in node.items() if key not in ("path", "column")}
+    if group == "evaluation" and isinstance(name := node.pop("name", None), str):
+        node["texts"] = {name if text == OWN_TEXT else text: entry for text, entry in node["texts"].items()}
+    return node
 
 
 def _method_named(name: str) -> Any:

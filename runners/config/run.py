@@ -108,6 +108,19 @@ class Run:
             return fingerprint([present(file)])
         return self.model.path if self.model.folder is None else checkpoint_fingerprint(self.model.folder)
 
+    def calibrated_on(self, data_root: str | None) -> list[str]:
+        """The names of the evaluation texts that calibration has drawn from, too: the same data set, or the same file."""
+        if not self.quantizes:
+            return []
+        theirs = self.calibration.dataset
+        key = identity_of(theirs) | {"version": theirs.version(data_root)}
+        texts = self.evaluation.texts.items()
+        return [
+            name
+            for name, text in texts
+            if identity_of(text.dataset) | {"version": text.dataset.version(data_root)} == key
+        ]
+
     def _data_versions(self, data_root: str | None) -> dict[str, str]:
         datasets = {name: text.dataset for name, text in self.evaluation.texts.items()}
         if self.quantizes:

@@ -1,13 +1,13 @@
-"""Sources of texts: a data set of the hub, its rows in a local folder, or the standard library of Python."""
+"""Sources of texts: a data set of the hub, its rows in a local folder, a file, or the standard library of Python."""
 
-import json
 import logging
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 from runners.data.stdlib import Kind, Part, documents
-from runners.errors import InputError, MissingData
+from runners.data.text_file import TextFile, json_rows
+from runners.errors import MissingData
 from runners.hub import hub_answers, why_not
 from runners.storage.fingerprint import fingerprint
 
@@ -66,17 +66,7 @@ class HubDataset:
                 f"the data set {self.folder} ({self.path}, {self.split}) is not in the data root: there is no {file}. "
                 "Put it there as JSON lines, or leave data_root out to take it from the hub"
             )
-        rows = []
-        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-            try:
-                row = json.loads(line)[self.column]
-                row.encode()  # JSON allows half a surrogate pair (\ud800), which no tokenizer can encode
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                row = None
-            if not isinstance(row, str):
-                raise InputError(f"line {number} of {file} is not a JSON object with a text in {self.column!r}")
-            rows.append(row)
-        return rows
+        return json_rows(file, file.read_bytes(), self.column)
 
     def _download(self) -> list[str]:
         hub_answers()
@@ -132,4 +122,4 @@ class StandardLibrary:
         return f"Python {platform.python_version()}"
 
 
-Dataset = HubDataset | StandardLibrary
+Dataset = HubDataset | StandardLibrary | TextFile

@@ -78,6 +78,7 @@ CACHE_HITS = "cache/hits"
 CACHE_MISSES = "cache/misses"
 MEMORY_STEPS = "memory/steps"
 MODEL_NOTE = "model_note"  # what must be said with every number of the model; absent where there is nothing
+CALIBRATION_NOTE = "calibration_note"  # what must be said of texts that were calibrated on; absent where there are none
 MODEL_PATH = "model_path"  # the fingerprint of the model's files, or its name on the hub
 
 
@@ -276,6 +277,7 @@ _TEXTS = (
     "study",
     "calibration",
     CALIBRATION_INPUTS,
+    CALIBRATION_NOTE,
     TOKEN_WEIGHTS,
     "grid_range",
     "stage",

@@ -155,6 +155,7 @@ def _facts(runs: Sequence[Run]) -> list[str]:
         *_damping(runs),
         *_not_measured(runs),
         *_warnings(runs),
+        *sorted({note for run in runs if (note := run.get(metrics.CALIBRATION_NOTE))}),
     ]
 
 

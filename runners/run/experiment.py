@@ -14,6 +14,7 @@ from runners.quantization.finished_blocks import delete_finished_blocks
 from runners.results.layers import LayerRecord, refuse_warnings, ruled_by_few_tokens
 from runners.results.metrics import (
     CALIBRATION_INPUTS,
+    CALIBRATION_NOTE,
     METRICS,
     MODEL_NOTE,
     MODEL_PATH,
@@ -144,6 +145,7 @@ def _measure(settings: Settings, folder: RunFolder, progress: Progress, tracker:
 
     metrics: dict[str, Any] = {"status": Status.DONE.value, "parameters": inputs.checkpoint.parameters}
     metrics |= {MODEL_NOTE: note} if (note := inputs.checkpoint.note) else {}
+    metrics |= _calibration_note(settings)
     try:
         metrics |= stages.quantize(on_layer)
     finally:
@@ -158,6 +160,17 @@ def _measure(settings: Settings, folder: RunFolder, progress: Progress, tracker:
     folder.write_windows(windows)
     progress.stage = "zero-shot"
     return metrics | evaluated | stages.zero_shot() | stages.resources()
+
+
+def _calibration_note(settings: Settings) -> dict[str, str]:
+    """A sentence on the texts that are measured though they were calibrated on, which is also logged."""
+    texts = settings.run.calibrated_on(settings.execution.data_root)
+    if not texts:
+        return {}
+    are = "are" if len(texts) > 1 else "is"
+    note = f"{', '.join(texts)} {are} what was calibrated on: perplexity and agreement there are too good"
+    log.warning("%s", note)
+    return {CALIBRATION_NOTE: note}
 
 
 def _headline(settings: Settings, inputs: RunInputs) -> str:
