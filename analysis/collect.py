@@ -9,7 +9,7 @@ import pandas as pd
 import yaml
 
 from runners.results import metrics
-from runners.results.metrics import CALIBRATION_INPUTS, METRICS, MODEL_PATH, REFERENCE
+from runners.results.metrics import CALIBRATION_INPUTS, METRICS, MODEL_PATH, REFERENCE, TOKEN_WEIGHTS, UNIFORM
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C ten times as fast, where PyYAML was built with it
 
@@ -111,10 +111,11 @@ def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _read_run(file: Path) -> dict[str, Any]:
-    run = {"series": None, "group_size": None, CALIBRATION_INPUTS: None} | metrics.read(file)
+    run = {"series": None, "group_size": None, CALIBRATION_INPUTS: None, TOKEN_WEIGHTS: None} | metrics.read(file)
     if run["method"] != REFERENCE:
-        # Runs older than this key always used the quantized model's activations.
+        # Runs older than these keys always used the quantized model's activations, and weighed all tokens alike.
         run[CALIBRATION_INPUTS] = run[CALIBRATION_INPUTS] or "quantized"
+        run[TOKEN_WEIGHTS] = run[TOKEN_WEIGHTS] or UNIFORM
     path = run.get(MODEL_PATH) or _model_path(file.parent)
     device = environment(str(file.parent)).get("device")
     return run | {MODEL_PATH: path, "device": device, "folder": str(file.parent)}

@@ -9,7 +9,18 @@ from typing import Any
 import pandas as pd
 
 from analysis.collect import read_config
-from runners.results.metrics import OWN_GRID, REFERENCE, Status, grid_words, protocol, status_counts, warning
+from runners.results.metrics import (
+    HELD_OUT_ERROR,
+    OWN_GRID,
+    REFERENCE,
+    RELATIVE_ERROR,
+    TOKEN_ERROR,
+    Status,
+    grid_words,
+    protocol,
+    status_counts,
+    warning,
+)
 
 METHOD_ORDER = [  # in tables and legends, from the simplest to the one that stores most; others follow by name
     REFERENCE,
@@ -26,6 +37,11 @@ METHOD_ORDER = [  # in tables and legends, from the simplest to the one that sto
 ]
 LABELS = ("parameters", "seed", "bits", "group_size")  # numbers that tell runs apart and measure nothing
 TOLD_APART_BY = ("method", "calibration", "evaluation", "model", "scale_bits")  # settings that a table does not show
+LAYER_ERRORS = {  # means over the layers of a model, and their names in tables and figures
+    RELATIVE_ERROR: "relative layer error",  # that of the calibration's own objective, with its token weights
+    HELD_OUT_ERROR: "held-out layer error",  # on sequences that were not used to calibrate
+    TOKEN_ERROR: "token layer error",  # on these, every token counting alike
+}
 
 Row = dict[Any, Any]
 
@@ -104,7 +120,7 @@ def _rank(row: Row) -> tuple[Any, ...]:
     """Sort key among the series of a model: full precision, bits downwards, grid (coarse first, own last), method."""
     method, group = row["method"], row["group_size"]
     known = METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
-    grid = (row["grid"] == OWN_GRID, -(group or math.inf), row["grid"])
+    grid = (row["grid"].startswith(OWN_GRID), -(group or math.inf), row["grid"])
     return method != REFERENCE, -(row["bits"] or 0), *grid, known, method, row["label"]
 
 

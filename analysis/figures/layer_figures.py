@@ -85,7 +85,7 @@ def _draw_panels(rows: list[Row], draw: Callable[[Axes, Row, Look], None], xlabe
             members = [row for row in rows if row["bits"] == number and row["grid"] == grid]
             for row in members:
                 draw(axis, row, look)
-            named = "a grid of its own" if grid == OWN_GRID else grid
+            named = grid.replace(OWN_GRID, "a grid of its own")
             axis.set_title(f"{rows[0]['model']}, {bits_words(number)}, {named}")
             log_axis(axis, "y")  # errors of layers differ by factors of ten
             if not members:

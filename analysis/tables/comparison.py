@@ -5,15 +5,11 @@ import math
 import pandas as pd
 
 from analysis.intervals import BOLD_NOTE, SeriesText, compare_peers, window_losses, winners
-from analysis.series import Row, all_keys, summarize
-from runners.results.metrics import BITS_PER_WEIGHT, HELD_OUT_ERROR, REFERENCE, RELATIVE_ERROR, names, ppl
+from analysis.series import LAYER_ERRORS, Row, all_keys, summarize
+from runners.results.metrics import BITS_PER_WEIGHT, REFERENCE, names, ppl
 
 RAISED = " †"  # after the name of a method that had to raise its damping in some layer
 RAISED_NOTE = "† damping was raised in some layers because the factorization failed: see their layers.csv"
-LAYER_ERRORS = {
-    RELATIVE_ERROR: "relative layer error",
-    HELD_OUT_ERROR: "held-out layer error",  # on sequences that were not used to calibrate
-}
 
 
 def comparison(frame: pd.DataFrame) -> pd.DataFrame:
@@ -29,8 +25,8 @@ def comparison(frame: pd.DataFrame) -> pd.DataFrame:
 def comparison_of(summary: list[Row], bold: set[SeriesText]) -> pd.DataFrame:
     """One row per series: bits per weight, perplexities and layer errors, as mean ± standard deviation over the seeds.
 
-    Layer errors are those on the calibration data and, where it was measured, on held-out data. The number of seeds is
-    shown where it is not the same for all.
+    Layer errors are those on the calibration data and, where they were measured, on held-out data (see `LAYER_ERRORS`).
+    The number of seeds is shown where it is not the same for all.
 
     Args:
         summary: the series, from `analysis.series.summarize`.
@@ -79,7 +75,7 @@ def markdown_lines(table: pd.DataFrame) -> str:
     """A table of text in GitHub's Markdown, without notes; what is not a name is aligned right."""
     if table.empty:
         return ""
-    align = ["left" if name in ("model", "method", "grid") else "right" for name in table.columns]
+    align = ["left" if name in ("model", "method", "grid", "group size", "text") else "right" for name in table.columns]
     # Without numparse, which would print 3.00 as 3.
     return table.to_markdown(index=False, disable_numparse=True, colalign=align)
 
