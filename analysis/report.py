@@ -11,7 +11,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.collect import collect, environment, read_tables
+from analysis.correlation import correlations, run_errors
 from analysis.figures import size_figures
+from analysis.figures.energy import ENERGY_CAPTION, token_energy
+from analysis.figures.error_figures import ERRORS_CAPTION, errors_and_kl
 from analysis.figures.layer_figures import layer_errors, sweep_errors
 from analysis.figures.pareto import pareto
 from analysis.figures.points import LeftOut
@@ -21,6 +24,7 @@ from analysis.published import PUBLISHED, published_numbers
 from analysis.series import Row, summarize
 from analysis.tables import papers
 from analysis.tables.comparison import comparison_of, markdown, markdown_lines
+from analysis.tables.correlations import correlation_latex, correlation_markdown, correlation_words
 from analysis.tables.latex import latex
 from analysis.tables.page import Report, page
 from runners.results import metrics
@@ -44,26 +48,31 @@ def write_report(study: Path, conditions: Mapping[str, str] | None = None, numbe
     summary = summarize(frame)
     pairs = compare_peers(summary, window_losses(frame))
     bold, published = winners(pairs), published_numbers(numbers)
-    figures, left_out = _draw(frame, summary)
+    runs = run_errors(frame, summary)
+    correlated = correlations(runs)
+    figures, left_out = _draw(frame, summary, runs)
     report = Report(
         study=study.resolve().name,
         conditions=dict(conditions or {}),
         comparison=comparison_of(summary, bold),
         papers=[papers.paper_table(summary, metric, bold, published) for metric in papers.table_metrics(summary)],
         intervals=ratios_to_lowest(summary, pairs),
+        correlations=correlation_words(correlated),
         figures=figures,
         left_out=left_out,
         missing=_missing(frame),
         provenance=_provenance(frame),
     )
-    _write(study / "report", _files(report, pairs))
+    _write(study / "report", _files(report, pairs, correlated))
     return study / "report"
 
 
-def _draw(frame: pd.DataFrame, summary: list[Row]) -> tuple[dict[str, tuple[str, Figure]], list[str]]:
+def _draw(
+    frame: pd.DataFrame, summary: list[Row], runs: pd.DataFrame
+) -> tuple[dict[str, tuple[str, Figure]], list[str]]:
     """The figures of a study, and the reasons why the others are left out."""
     figures, left_out = {}, []
-    for file, caption, draw in _drawings(frame, summary):
+    for file, caption, draw in _drawings(frame, summary, runs):
         try:
             figures[file] = (caption, draw())
         except LeftOut as reason:
@@ -71,7 +80,9 @@ def _draw(frame: pd.DataFrame, summary: list[Row]) -> tuple[dict[str, tuple[str,
     return figures, left_out
 
 
-def _drawings(frame: pd.DataFrame, summary: list[Row]) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
+def _drawings(
+    frame: pd.DataFrame, summary: list[Row], runs: pd.DataFrame
+) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
     """Of every figure: its file, its caption, and the function that draws it."""
     layers, sweeps = read_tables(frame, "layers.csv"), read_tables(frame, "sweeps.csv")
     bits_title = "Perplexity against bits per weight (mean and standard deviation over seeds)"
@@ -84,11 +95,15 @@ def _drawings(frame: pd.DataFrame, summary: list[Row]) -> Iterator[tuple[str, st
         yield f"layers-{model}.png", f"Relative error by layer (mean over seeds), {model}", errors
         errors = partial(sweep_errors, summary, sweeps, model)
         yield f"sweeps-{model}.png", f"Relative error by sweep (mean over layers and seeds), {model}", errors
+        energy = partial(token_energy, summary, layers, model)
+        yield f"energy-{model}.png", f"{ENERGY_CAPTION}, {model}", energy
+        errors = partial(errors_and_kl, summary, runs, model)
+        yield f"errors-{model}.png", f"{ERRORS_CAPTION}, {model}", errors
     yield "zero_shot.png", "Zero-shot accuracy against model size", partial(size_figures.zero_shot, summary)
     yield "seconds.png", "Time to quantize against model size", partial(size_figures.seconds, summary)
 
 
-def _files(report: Report, pairs: list[Pair]) -> dict[str, bytes]:
+def _files(report: Report, pairs: list[Pair], correlated: pd.DataFrame) -> dict[str, bytes]:
     """The content of every file of the folder, by name."""
     files = {"comparison.md": markdown(report.comparison)}
     files["intervals.md"] = "\n\n".join([markdown_lines(report.intervals), LOWEST_NOTE])
@@ -98,6 +113,10 @@ def _files(report: Report, pairs: list[Pair]) -> dict[str, bytes]:
         files[f"{name}.md"] = f"{papers.markdown(table)}\n\nThe runs behind every number: `{name}.csv`."
         files[f"{name}.tex"] = latex(table)
         files[f"{name}.csv"] = _csv(pd.DataFrame(table.entries).drop(columns=["printed", "beside"]), "%.6g")
+    if len(correlated):
+        files["correlation.md"] = correlation_markdown(report.correlations)
+        files["correlation.tex"] = correlation_latex(report.correlations)
+        files["correlation.csv"] = _csv(correlated.astype({"bits": "Int64"}), "%.4f")
     files["index.html"] = page(report)
     content = {name: (text.rstrip("\n") + "\n").encode() for name, text in files.items()}
     return content | {name: png(figure) for name, (_, figure) in report.figures.items()}

@@ -61,7 +61,13 @@ def _write_done_run(study: Path, model: str, method: str, bits: int | None, seed
     if bits:
         errors = [(i, loss / 20 * (1 + i % 2)) for i in range(8)]
         layers = [{"block": i // 2, "layer": f"fc{i % 2 + 1}", "relative_error": error} for i, error in errors]
-        write_table(folder / "layers.csv", [row | {"held_out_error": row["relative_error"] * 1.3} for row in layers])
+        energy = {"energy_max_over_median": 9.0, "energy_position": 0, "energy_position_share": 0.75}
+        for row in layers:
+            row |= {
+                "held_out_error": row["relative_error"] * 1.3,
+                "energy_top_percent": 0.1 + 0.2 * row["block"],
+            } | energy
+        write_table(folder / "layers.csv", layers)
     if method.startswith("quantease"):
         sweeps = [(i, loss / 20 * (1 + 1 / (i + 1))) for i in range(6)]
         rows = [{"block": 0, "layer": "fc1", "sweep": sweep, "relative_error": error} for sweep, error in sweeps]
@@ -102,4 +108,5 @@ def _quantized(bits: int, seed: int, loss: float) -> dict[str, Any]:
         "agreement/wikitext2/top1": 1 - loss / 4,
         "layers/mean_relative_error": loss / 20,
         "layers/mean_held_out_error": loss / 15,
+        "layers/mean_token_error": loss / 12,
     }

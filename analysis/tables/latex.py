@@ -1,10 +1,18 @@
-"""Tables in the form of the papers as LaTeX, for the package booktabs."""
+"""Tables as LaTeX, for the package booktabs."""
 
 import pandas as pd
 
 from analysis.tables.papers import SUPERSCRIPTS, Entry, PaperTable, layout
 
-SPECIAL = {"\\": r"\textbackslash{}", "±": r"$\pm$", "−": "$-$", "–": "--", "†": r"$\dagger$", "²": "$^2$"}
+SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "–": "--",
+    "†": r"$\dagger$",
+    "ρ": r"$\rho$",
+    "²": "$^2$",
+}
 SPECIAL |= {sign: f"\\{sign}" for sign in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 SPECIAL |= {mark: f"$^{{{letter}}}$" for mark, letter in zip(SUPERSCRIPTS, "abcdefgh", strict=True)}
 
@@ -15,13 +23,20 @@ def latex(table: PaperTable) -> str:
     caption = ". ".join(note.rstrip(".") for note in (table.metric.title, *table.notes)) + "."
     # The first four columns are words of this program, the others are LaTeX already.
     wide = pd.DataFrame([[*map(escape, row[:4]), *row[4:]] for row in rows], columns=pd.Index(map(escape, header)))
-    return f"% The runs behind every number: {table.metric.slug}.csv. Needs \\usepackage{{booktabs}}.\n" + (
-        wide.style.hide(axis="index").to_latex(
-            column_format="lrlr" + "r" * len(table.models),
-            position_float="centering",
-            hrules=True,
-            caption=escape(caption),
-        )
+    runs = f"% The runs behind every number: {table.metric.slug}.csv. Needs \\usepackage{{booktabs}}.\n"
+    return runs + _booktabs(wide, "lrlr" + "r" * len(table.models), caption)
+
+
+def booktabs(table: pd.DataFrame, columns: str, caption: str) -> str:
+    """A `table` environment of a table of plain text; `columns` has the letter of every column's alignment."""
+    escaped = [[escape(entry) for entry in row] for row in table.to_numpy().tolist()]
+    return _booktabs(pd.DataFrame(escaped, columns=pd.Index(map(escape, table.columns))), columns, caption)
+
+
+def _booktabs(table: pd.DataFrame, columns: str, caption: str) -> str:
+    """The same of entries that are LaTeX already."""
+    return table.style.hide(axis="index").to_latex(
+        column_format=columns, position_float="centering", hrules=True, caption=escape(caption)
     )
 
 

@@ -13,10 +13,21 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from analysis.intervals import LOWEST_NOTE
+from analysis.tables import correlations
 from analysis.tables.comparison import notes
 from analysis.tables.papers import PaperTable, layout
 
-LEFT = ("model", "method", "grid", "text", "what", "why", "device", "commit")  # columns of words; numbers go right
+LEFT = (
+    "model",
+    "method",
+    "grid",
+    "group size",
+    "text",
+    "what",
+    "why",
+    "device",
+    "commit",
+)  # columns of words; numbers go right
 GROUPED_BY = ("model", "bits", "grid")  # a line separates rows that differ in one of these
 
 
@@ -29,6 +40,7 @@ class Report:
     comparison: pd.DataFrame
     papers: list[PaperTable]
     intervals: pd.DataFrame
+    correlations: pd.DataFrame  # in words; empty where too few runs have a KL divergence
     figures: dict[str, tuple[str, Figure]]  # for each file: its caption and the figure
     left_out: list[str]  # figures that the study has no numbers for, each with the reason
     missing: pd.DataFrame  # runs that are not done, and metrics that were skipped
@@ -68,6 +80,9 @@ def page(report: Report) -> str:
         papers=[(table, PageTable(*layout(table, lambda entry: entry))) for table in report.papers],
         intervals=_frame(report.intervals),
         lowest_note=LOWEST_NOTE,
+        correlations=_frame(report.correlations),
+        correlation_title=correlations.TITLE,
+        correlation_note=correlations.NOTE,
         missing=_frame(report.missing),
         provenance=_frame(report.provenance),
     )
