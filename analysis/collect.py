@@ -167,7 +167,8 @@ def _refuse_mixtures(frame: pd.DataFrame) -> None:
     for text in metrics.names(frame.columns, "protocol"):
         key, what = metrics.protocol(text), f"the runs on {text} mix protocols"
         # Where BOS is depends on the model: tables say it, and mix it over models, never within one.
-        _refuse(frame, key, what, frame[key].map(metrics.base_protocol, na_action="ignore"))
+        without_bos: Any = frame[key].map(metrics.base_protocol, na_action="ignore")
+        _refuse(frame, key, what, without_bos)
         for _, runs in frame.groupby("model"):
             _refuse(runs, key, what)
     for text in metrics.names(frame.columns, "sha256"):
