@@ -42,7 +42,7 @@ class BlockActivations:
     Attributes:
         hidden: one tensor (batch, length, width) per batch.
         calibration_batches: how many batches hold `sequences`; those after them are held out.
-        held_out_tokens: how many tokens are held out.
+        calibration_tokens, held_out_tokens: how many tokens `sequences` have, and how many are held out.
         batch_index: of the batch that `run` has sent last.
         shared: per batch, what the blocks before have handed to later ones.
     """
@@ -69,6 +69,7 @@ class BlockActivations:
         self._ids = list(sequences.split(batch_size))
         self.calibration_batches = len(self._ids)
         self._ids += [] if held_out is None else list(held_out.split(batch_size))
+        self.calibration_tokens = sequences.numel()
         self.held_out_tokens = 0 if held_out is None else held_out.numel()
         self.shared: list[Shared] = [{} for _ in self._ids]
         self._handed: Shared = {}  # what the last batch has handed on, to be kept if it advances

@@ -159,7 +159,7 @@ class _Measuring:
         length = activations.hidden[0].shape[1]
         self._activations = activations
         self._calibration, self._held_out = _Sums(length_one), _Sums()
-        self._energies = _Energies(length)
+        self._energies = _Energies(activations.calibration_tokens, length)
         self._tokens = _HeldOutTokens(activations.held_out_tokens, length)
 
     @property
@@ -188,7 +188,7 @@ class _Measuring:
         """Of the input of the layer `name`; to be asked for once."""
         return InputStatistics(
             *self._calibration.means(name),
-            held_out=self._held_out.means(name)[0] if self._held_out.tokens else None,
+            held_out=self._held_out.means(name)[0] if self._held_out.has(name) else None,
             held_out_tokens=self._tokens.of(name),
             energy=self._energies.of(name),
         )
@@ -217,6 +217,10 @@ class _Sums:
             add_second_moment(self._hessians[name], some, parts)
             self._magnitudes[name] += some.abs().sum(0, dtype=torch.float32)
 
+    def has(self, name: str) -> bool:
+        """Whether the layer has seen any of these sequences' tokens; an expert may see none."""
+        return name in self._hessians
+
     def means(self, name: str) -> tuple[Tensor, Tensor]:
         """The means of x x^T and of |x|. In place, as a second Hessian may not fit: to be asked for once."""
         return self._hessians[name].div_(self.tokens), self._magnitudes[name].div_(self.tokens)
@@ -224,30 +228,40 @@ class _Sums:
 
 def _of_length_one(x: Tensor) -> Tensor:
     """Inputs (tokens, in) scaled to length one, float32: half precision would round them once more. Zeros stay zeros."""
-    lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return x.float() / torch.where(lengths > 0, lengths, 1)
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1)  # first, as the squares of very small and large inputs are no float32
+    lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(lengths > 0, lengths, 1)
 
 
 class _Energies:
     """The energy ||x||^2 of every calibration token; per layer.
 
     Args:
+        tokens: of all sequences.
         length: of a sequence.
     """
 
-    def __init__(self, length: int) -> None:
-        self._length = length
+    def __init__(self, tokens: int, length: int) -> None:
+        self._tokens, self._length = tokens, length
         self._batches: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, x: Tensor) -> None:
-        """Add the inputs of some sequences (sequences, length, in), or of tokens in any order (tokens, in)."""
+        """Add the inputs of some tokens (..., in)."""
         energies = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square()
-        in_order = x.dim() == 3 and x.shape[1] == self._length
-        self._batches.setdefault(name, []).append(energies if in_order else energies.flatten())
+        self._batches.setdefault(name, []).append(energies.flatten())
 
     def of(self, name: str) -> TokenEnergy:
-        """How the energy of a layer's input is divided among its tokens."""
-        return TokenEnergy.of(self._batches[name]) if name in self._batches else TokenEnergy()
+        """How the energy of a layer's input is divided among its tokens.
+
+        A layer that sees all tokens of all sequences sees them in their order, whatever the shape of its input (OPT joins
+        the sequences before its MLP). An expert sees some of them, at positions that are not known here.
+        """
+        batches = self._batches.get(name, [])
+        if sum(map(len, batches)) == self._tokens and all(len(batch) % self._length == 0 for batch in batches):
+            batches = [batch.reshape(-1, self._length) for batch in batches]
+        return TokenEnergy.of(batches) if batches else TokenEnergy()
 
 
 class _HeldOutTokens:

@@ -40,10 +40,14 @@ def token_error(original: Tensor, written: Tensor, tokens: Tensor, slices: int =
         slices: of the rows, taken one after the other.
     """
     x = tokens.float()
+    largest = x.abs().amax(1, keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1)  # which changes no ratio, and keeps the squares within float32
+    scale = original.abs().max()
+    scale = torch.where(scale > 0, scale, 1)  # likewise
     error, energy = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
     for w, w_hat in zip(original.chunk(slices), written.chunk(slices), strict=True):
-        error += (x @ (w_hat.float() - w).T).square().sum(1)
-        energy += (x @ w.T).square().sum(1)
+        error += (x @ ((w_hat.float() - w) / scale).T).square().sum(1)
+        energy += (x @ (w / scale).T).square().sum(1)
     seen = energy > 0
     return (error[seen] / energy[seen]).mean().item() if seen.any() else None
 

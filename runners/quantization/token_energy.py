@@ -45,7 +45,8 @@ class TokenEnergy:
         count = max(1, round(TOP_SHARE * len(every)))
         # sorted and not quantile, which refuses more than 2^24 numbers
         ordered = every.sort(descending=True).values
-        median = ordered[len(every) // 2].item()
+        middle = len(every) // 2
+        median = ((ordered[middle] + ordered[(len(every) - 1) // 2]) / 2).item()
         ratio = ordered[0].item() / median if median > 0 else math.inf
         top_share = ordered[:count].sum().item() / total
         return cls(top_share, ratio if ratio < math.inf else None, *_most_common_position(energies))
@@ -67,7 +68,7 @@ def _most_common_position(energies: list[Tensor]) -> tuple[int | None, float | N
     """`position` and `position_share`."""
     if any(batch.dim() != 2 for batch in energies):
         return None, None
-    places = torch.cat([batch.argmax(1) for batch in energies])
+    places = torch.cat([batch[batch.amax(1) > 0].argmax(1) for batch in energies])  # of those that have any energy
     positions, counts = places.unique(return_counts=True)
     most = int(counts.argmax())  # of several the first
     return int(positions[most]), counts[most].item() / len(places)

@@ -67,7 +67,7 @@ def test_every_token_is_scaled_to_length_one(parts: int, monkeypatch: pytest.Mon
 
 
 def test_a_token_without_input_stays_zero() -> None:
-    x = torch.tensor([[0.0, 0.0], [3e-15, 4e-15], [3.0, 4.0]])
+    x = torch.tensor([[0.0, 0.0], [3e-25, 4e-25], [3e25, 4e25]])
     assert_close(module._of_length_one(x), torch.tensor([[0.0, 0.0], [0.6, 0.8], [0.6, 0.8]]))
     assert module._of_length_one(x.half()).dtype == torch.float32
 
@@ -93,7 +93,7 @@ def test_energy_is_of_all_calibration_tokens(batch_size: int | None) -> None:
         energies = x[:7].double().square().sum(-1)
         ordered = sorted(energies.flatten().tolist(), reverse=True)
         assert found.energy.top_percent == pytest.approx(sum(ordered[:2]) / sum(ordered), rel=1e-5)  # 1 % of 168
-        assert found.energy.max_over_median == pytest.approx(ordered[0] / ordered[84], rel=1e-5)
+        assert found.energy.max_over_median == pytest.approx(ordered[0] / (ordered[83] + ordered[84]) * 2, rel=1e-5)
         places = energies.argmax(1).tolist()
         assert found.energy.position_share == max(map(places.count, places)) / 7
         assert places.count(found.energy.position) == max(map(places.count, places))
@@ -102,10 +102,11 @@ def test_energy_is_of_all_calibration_tokens(batch_size: int | None) -> None:
 def test_energy_where_nothing_can_be_told() -> None:
     assert TokenEnergy.of([torch.zeros(2, 3)]) == TokenEnergy()
     assert TokenEnergy.of([torch.tensor([[math.inf, 1.0]])]) == TokenEnergy()
+    assert TokenEnergy.of([torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 1.5]])]).position == 2  # zeros have no largest
     mostly_zero = TokenEnergy.of([torch.tensor([[0.0, 0.0, 2.0]])])
     assert mostly_zero == TokenEnergy(1.0, None, 2, 1.0)
     expert = TokenEnergy.of([torch.tensor([1.0, 3.0]), torch.tensor([2.0])])
-    assert (expert.position, expert.position_share, expert.max_over_median) == (None, None, 1.5)
+    assert (expert.position, expert.position_share, expert.max_over_median) == (None, None, 1.5)  # of 1, 2, 3
     for energy in (TokenEnergy(), mostly_zero, expert):
         assert TokenEnergy.from_tensor(energy.tensor) == energy
 
@@ -137,6 +138,28 @@ def test_token_error_is_a_mean_of_ratios() -> None:
     assert token_error(torch.zeros(6, 8), written, x) is None
     of_the_first = ratios[0].item()
     assert relative_error(weight, written, x.T @ x / 50) == pytest.approx(of_the_first, rel=1e-3)
+
+
+@pytest.mark.parametrize(("inputs", "weights"), [(1e-30, 1.0), (1e30, 1.0), (1.0, 1e-24), (1.0, 1e24)])
+def test_token_error_whatever_the_scale(inputs: float, weights: float) -> None:
+    weight, x = torch.ones(4, 8) * weights, torch.ones(5, 8) * inputs
+    assert token_error(weight, weight * 1.1, x) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_an_input_without_order_of_its_own_is_told_by_its_size() -> None:
+    """OPT joins the sequences before its MLP; an expert sees some of the tokens."""
+    energies = module._Energies(tokens=12, length=4)
+    for _ in range(3):
+        energies.add("fc1", torch.eye(4) * torch.tensor([1.0, 1.0, 3.0, 1.0]))  # a sequence as four rows
+    assert (energies.of("fc1").position, energies.of("fc1").position_share) == (2, 1.0)
+    energies.add("expert", torch.ones(4, 2))
+    assert energies.of("expert").position is None
+
+
+def test_a_layer_that_no_held_out_token_reaches() -> None:
+    sums = module._Sums()
+    sums.tokens = 5
+    assert not sums.has("expert")
 
 
 def test_kept_statistics_are_whole(tmp_path: Any) -> None:
