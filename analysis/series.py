@@ -11,6 +11,7 @@ import pandas as pd
 from analysis.collect import read_config
 from runners.results.metrics import (
     HELD_OUT_ERROR,
+    MODEL_NOTE,
     OWN_GRID,
     REFERENCE,
     RELATIVE_ERROR,
@@ -76,6 +77,11 @@ def summarize(frame: pd.DataFrame) -> list[Row]:
 def all_keys(summary: list[Row]) -> list[str]:
     """The keys that some row has, in the order in which they first occur."""
     return list(dict.fromkeys(key for row in summary for key in row))
+
+
+def model_notes(summary: list[Row]) -> list[str]:
+    """What must be said with every number of a model, a sentence each."""
+    return list(dict.fromkeys(f"{row['model']}: {row[MODEL_NOTE]}" for row in summary if MODEL_NOTE in row))
 
 
 def protocol_of(summary: list[Row], text: str) -> str:

@@ -5,7 +5,7 @@ import math
 import pandas as pd
 
 from analysis.intervals import BOLD_NOTE, SeriesText, compare_peers, window_losses, winners
-from analysis.series import LAYER_ERRORS, Row, all_keys, summarize
+from analysis.series import LAYER_ERRORS, Row, all_keys, model_notes, summarize
 from runners.results.metrics import BITS_PER_WEIGHT, REFERENCE, names, ppl
 
 RAISED = " †"  # after the name of a method that had to raise its damping in some layer
@@ -38,6 +38,7 @@ def comparison_of(summary: list[Row], bold: set[SeriesText]) -> pd.DataFrame:
     # The unquantized model does not count: it has neither calibration nor seeds.
     if len({row["seeds"] for row in summary if row["bits"] is not None}) < 2:
         del table["seeds"]
+    table.attrs["models"] = model_notes(summary)
     return table
 
 
@@ -81,7 +82,7 @@ def markdown_lines(table: pd.DataFrame) -> str:
 
 
 def notes(table: pd.DataFrame) -> list[str]:
-    """The notes that explain the marks of a table, for those marks that it has."""
+    """The notes that explain the marks of a table, for those marks that it has, and those about its models."""
     raised = bool(table["method"].str.endswith(RAISED).any())
     bold = any(table[name].str.startswith("**").any() for name in table.columns)
-    return [BOLD_NOTE] * bold + [RAISED_NOTE] * raised
+    return [BOLD_NOTE] * bold + [RAISED_NOTE] * raised + table.attrs.get("models", [])

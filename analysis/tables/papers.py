@@ -13,9 +13,9 @@ import pandas as pd
 
 from analysis.intervals import BOLD_NOTE, SeriesText
 from analysis.published import comparable
-from analysis.series import Row, all_keys, protocol_of
+from analysis.series import Row, all_keys, model_notes, protocol_of
 from analysis.tables.comparison import RAISED, RAISED_NOTE, markdown_lines, spread
-from runners.results.metrics import BITS_PER_WEIGHT, MEASURED_HOW, agreement, names, ppl, zero_shot_parts
+from runners.results.metrics import BITS_PER_WEIGHT, KL_FLOOR, MEASURED_HOW, agreement, names, ppl, zero_shot_parts
 
 SUPERSCRIPTS = "ᵃᵇᶜᵈᵉᶠᵍʰ"  # one per source of published numbers
 PERCENT = ("acc", "top1", "exact_match")  # how the names of shares begin; tables show them in per cent
@@ -48,6 +48,7 @@ class PaperTable:
     models: list[str]  # the columns
     entries: list[Entry]
     sources: list[str]  # of the published numbers, in the order of their superscripts
+    remarks: list[str]  # about the models
 
     @property
     def notes(self) -> list[str]:
@@ -55,7 +56,8 @@ class PaperTable:
         marked = [f"{mark} published: {source}" for mark, source in zip(SUPERSCRIPTS, self.sources, strict=False)]
         brackets = ["In brackets: the published number, and ours minus it."] * bool(marked)
         bold = [BOLD_NOTE] * any(entry["bold"] for entry in self.entries)
-        return brackets + marked + bold + [RAISED_NOTE] * any(entry["damping_raised"] for entry in self.entries)
+        raised = [RAISED_NOTE] * any(entry["damping_raised"] for entry in self.entries)
+        return brackets + marked + bold + raised + self.remarks
 
 
 def table_metrics(summary: list[Row]) -> list[Metric]:
@@ -97,7 +99,17 @@ def paper_table(summary: list[Row], metric: Metric, bold: set[SeriesText], publi
     sources = list(dict.fromkeys(_source(number) for numbers in others for number in numbers))
     entries = [_entry(row, metric, bold, numbers, sources) for row, numbers in zip(order, others, strict=True)]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    return PaperTable(metric, models, entries, sources)
+    return PaperTable(metric, models, entries, sources, [*_noise_floors(rows, summary, metric), *model_notes(rows)])
+
+
+def _noise_floors(rows: list[Row], summary: list[Row], metric: Metric) -> list[str]:
+    """Of a KL divergence: how far the unquantized model is from itself, rounded once more in every block."""
+    texts = [name.split("/")[0] for name in names([metric.key], "agreement")]
+    if metric.key not in (agreement(text, "kl") for text in texts):
+        return []
+    key, shown = agreement(texts[0], KL_FLOOR), {row["model"] for row in rows}
+    floors = [f"{row['model']} {row[key]:.1e}" for row in summary if key in row and row["model"] in shown]
+    return [f"Noise floor, below which a difference is none: {', '.join(floors)}".replace(" -", " −")] * bool(floors)
 
 
 def _entry(row: Row, metric: Metric, bold: set[SeriesText], published: list[Row], sources: list[str]) -> Entry:

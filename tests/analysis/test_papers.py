@@ -11,6 +11,8 @@ from analysis.collect import collect
 from analysis.intervals import compare_peers, window_losses, winners
 from analysis.published import published_numbers
 from analysis.series import Row, summarize
+from analysis.tables.comparison import comparison_of
+from analysis.tables.comparison import markdown as comparison_markdown
 from analysis.tables.latex import escape, latex
 from analysis.tables.papers import PaperTable, markdown, paper_table, table_metrics
 from tests.studies import write_run
@@ -102,3 +104,21 @@ def test_series_of_one_entry_are_told_apart_by_their_settings(tmp_path: Path) ->
     summary = summarize(collect(tmp_path))
     assert [row["label"] for row in summary] == ["quantease sweeps=10", "quantease sweeps=30"]
     assert len(markdown(paper_table(summary, table_metrics(summary)[0], set(), [])).splitlines()) == 6
+
+
+def test_what_must_be_said_with_a_models_numbers_is_said_below_them(tmp_path: Path) -> None:
+    labels = {"status": "done", "model": "m", "bits_per_weight": 3.0, "ppl/t": 9.0, "model_note": "it was in 4 bits"}
+    write_run(tmp_path, "a", method="gptq", bits=3, **labels, **{"agreement/t/kl": 0.2, "agreement/t/top1": 0.9})
+    write_run(
+        tmp_path, "b", method="fp16", **labels, **{"agreement/t/kl_floor": 1.2e-5, "agreement/t/top1_floor": 0.99}
+    )
+    summary = summarize(collect(tmp_path))
+    tables = [paper_table(summary, metric, set(), []) for metric in table_metrics(summary)]
+    floor, note = "Noise floor, below which a difference is none: m 1.2e-05", "m: it was in 4 bits"
+    assert {table.metric.key: table.notes for table in tables} == {
+        "ppl/t": [note],
+        "agreement/t/kl": [floor, note],
+        "agreement/t/top1": [note],
+    }
+    assert escape(note) in latex(tables[0])
+    assert note in comparison_markdown(comparison_of(summary, set()))
