@@ -48,6 +48,7 @@ RC: Any = {
     "axes.spines.right": False,
     "legend.frameon": False,
     "lines.markersize": 5,
+    "text.parse_math": False,  # a name with two dollar signs is a name
 }
 styled = rc_context(RC)  # decorates the functions that draw; the user's own matplotlib settings stay as they are
 

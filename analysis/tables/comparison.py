@@ -78,7 +78,13 @@ def markdown_lines(table: pd.DataFrame) -> str:
         return ""
     align = ["left" if name in ("model", "method", "grid", "group size", "text") else "right" for name in table.columns]
     # Without numparse, which would print 3.00 as 3.
-    return table.to_markdown(index=False, disable_numparse=True, colalign=align)
+    safe = table.map(markdown_text).set_axis([markdown_text(str(name)) for name in table.columns], axis=1)
+    return safe.to_markdown(index=False, disable_numparse=True, colalign=align)
+
+
+def markdown_text(text: str) -> str:
+    """A name or an error message in one cell of a table: it may have bars and line breaks, and tags that are none."""
+    return " ".join(text.replace("<", "&lt;").replace("|", "\\|").split("\n"))
 
 
 def notes(table: pd.DataFrame) -> list[str]:

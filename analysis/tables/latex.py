@@ -14,6 +14,7 @@ SPECIAL = {
     "²": "$^2$",
 }
 SPECIAL |= {sign: f"\\{sign}" for sign in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+SPECIAL |= {"\n": " ", "\r": " "}  # a blank line would end the caption
 SPECIAL |= {mark: f"$^{{{letter}}}$" for mark, letter in zip(SUPERSCRIPTS, "abcdefgh", strict=True)}
 
 

@@ -5,6 +5,7 @@ number beside it. Markdown, LaTeX and HTML lay these out.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import pandas as pd
 from analysis.intervals import BOLD_NOTE, SeriesText
 from analysis.published import comparable
 from analysis.series import Row, all_keys, model_notes, protocol_of
-from analysis.tables.comparison import RAISED, RAISED_NOTE, markdown_lines, spread
+from analysis.tables.comparison import RAISED, RAISED_NOTE, markdown_lines, markdown_text, spread
 from runners.results.metrics import BITS_PER_WEIGHT, KL_FLOOR, MEASURED_HOW, agreement, names, ppl, zero_shot_parts
 
 SUPERSCRIPTS = "ᵃᵇᶜᵈᵉᶠᵍʰ"  # one per source of published numbers
@@ -37,7 +38,7 @@ class Metric:
     def slug(self) -> str:
         """The name of the table's files."""
         name = f"perplexity/{self.text}" if self.text else self.key
-        return name.replace("/", "-").replace(",", "-")
+        return re.sub(r"[^\w.+-]", "_", name.replace("/", "-").replace(",", "-"))
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ def _entry(row: Row, metric: Metric, bold: set[SeriesText], published: list[Row]
         "source": "; ".join(map(_source, published)),
         "beside": "; ".join(f"{n}{m} {d}" for n, m, d in zip(printed, marks, differences, strict=True)),
         "damping_raised": row["damping_raised"],
-        "runs": "; ".join(map(run_path, row["folders"])),
+        "runs": "; ".join(row["places"]),
+        "places": row["places"],
     }
 
 
@@ -145,11 +147,6 @@ def _difference(value: float, printed: str) -> str:
     """Ours minus the published number, with a sign, in the published number's notation (`1.3e4` has two digits)."""
     difference = value - float(printed)
     return (f"{difference:+.1e}" if "e" in printed else f"{difference:+.2f}").replace("-", "−", 1)
-
-
-def run_path(folder: str) -> str:
-    """A run's folder below its study, `<model>/<run>`, with slashes on every system."""
-    return "/".join(folder.replace("\\", "/").split("/")[-2:])
 
 
 def layout(table: PaperTable, write: Callable[[Entry], Any]) -> tuple[list[str], list[list[Any]]]:
@@ -173,7 +170,7 @@ def markdown(table: PaperTable) -> str:
     """The table in GitHub's Markdown, with its title and notes."""
     header, rows = layout(table, _markdown_entry)
     wide = markdown_lines(pd.DataFrame(rows, columns=pd.Index(header)))
-    return "\n\n".join([f"**{table.metric.title}**", wide, *table.notes])
+    return "\n\n".join([f"**{markdown_text(table.metric.title)}**", wide, *table.notes])
 
 
 def _markdown_entry(entry: Entry) -> str:

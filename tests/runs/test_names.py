@@ -21,7 +21,7 @@ from runners.errors import InputError
 from runners.names import MAX_BYTES, check_name
 from runners.quoting import hydra_text, setting
 from runners.results.metrics import METRICS, MODEL_PATH, model_words
-from runners.results.tables import results_table
+from runners.results.tables import cells_table, results_table
 from runners.run.experiment import run_experiment
 from runners.status import cells
 from runners.sweeps.cells import describe_cells
@@ -151,6 +151,18 @@ def test_models_are_told_apart_only_where_they_share_a_name() -> None:
     runs = [{"model": name, MODEL_PATH: path} for name, path in [("a", "0123456789abcdef"), ("b", "org/b"), ("b", "b")]]
     assert model_words([*runs, {"model": "b"}]) == ["a", "b [org-b]", "b [b]", "b"]
     assert model_words(runs[:2] * 2) == ["a", "b"] * 2
+
+
+def test_an_error_message_is_no_markup_in_the_terminal() -> None:
+    message = "cannot read [/red] [bold]/models/[a]:smile: {x}"
+    failed = {"status": "failed", "method": "rtn", "model": "m", "bits": 3, "setting": "[/]", "error": message}
+    with console.capture() as captured:
+        console.print(cells_table([failed]))
+        console.print(results_table([failed]))
+        console.print(f"m: {message}", highlight=False, soft_wrap=True)
+    printed = " ".join(captured.get().split())
+    assert printed.count(message) == 2
+    assert printed.count("[/]") >= 2
 
 
 def test_brackets_in_a_name_are_no_markup() -> None:
