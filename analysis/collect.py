@@ -1,7 +1,8 @@
 """Reads the runs of a study into one data frame, one row per run, and the tables that each run keeps beside its metrics."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from runners.results.metrics import CALIBRATION_INPUTS, METRICS, MODEL_PATH, REF
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C ten times as fast, where PyYAML was built with it
 
 
-def collect(study: Path, conditions: Mapping[str, str] | None = None) -> pd.DataFrame:
+def collect(study: Path | Sequence[Path], conditions: Mapping[str, str] | None = None) -> pd.DataFrame:
     """The metrics of every run of a study, with the device that it ran on and, under `folder`, its folder.
 
+    `place` is the run's folder seen from that of the report (see `home`). A cell that several studies have run counts once.
+
     Args:
-        study: the folder that holds `<model>/<run>/metrics.json`.
+        study: the folder that holds `<model>/<run>/metrics.json`; of several studies, their folders.
         conditions: columns and their values, as written on the command line; other runs are left out (see `keep`).
 
     Raises:
@@ -26,14 +29,29 @@ def collect(study: Path, conditions: Mapping[str, str] | None = None) -> pd.Data
         ValueError: a file is damaged, a condition fits no run, or the runs are of kinds that no table may mix:
             different texts under one name, different protocols, different calibration inputs.
     """
-    rows = [_read_run(file) for file in sorted(study.glob(f"*/*/{METRICS}"))]
-    if not rows:
-        raise FileNotFoundError(f"{study} holds no runs: there is no <model>/<run>/{METRICS} in it")
-    frame = _frame(rows)
+    studies = [study] if isinstance(study, Path) else list(study)
+    frame = _frame([run for each in studies for run in _read_runs(each)])
+    frame["place"] = [Path(os.path.relpath(folder, home(studies))).as_posix() for folder in frame["folder"]]
+    if len(studies) > 1 and "digest" in frame:
+        frame = frame.loc[frame["digest"].isna() | ~frame["digest"].duplicated()]
     for column, value in (conditions or {}).items():
         frame = keep(frame, column, value)
     _refuse_mixtures(frame)
     return frame
+
+
+def home(studies: Sequence[Path]) -> Path:
+    """The folder below which reports are: a study's own; of several studies one beside the first, with all their names."""
+    if len(studies) == 1:
+        return studies[0]
+    return studies[0].resolve().parent / "+".join(study.resolve().name for study in studies)
+
+
+def _read_runs(study: Path) -> list[dict[str, Any]]:
+    runs = [_read_run(file) for file in sorted(study.glob(f"*/*/{METRICS}"))]
+    if not runs:
+        raise FileNotFoundError(f"{study.absolute()} holds no runs: there is no <model>/<run>/{METRICS} in it")
+    return runs
 
 
 def collect_run(folder: Path) -> pd.DataFrame:
@@ -51,15 +69,19 @@ def collect_run(folder: Path) -> pd.DataFrame:
 def keep(frame: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
     """The runs whose `column` reads `value` on the command line, and the unquantized ones, which every table needs.
 
+    A value `a,b` stands for both.
+
     Raises:
         ValueError: there is no such column, or no run has that value.
     """
     if column not in frame:
         raise ValueError(f"the runs have no {column}: they have {', '.join(map(str, frame.columns))}")
     written = [_written(entry) for entry in frame[column]]
-    if value not in written:
-        raise ValueError(f"no run has {column}={value}: there are {', '.join(sorted(set(written)))}")
-    wanted = [entry == value or method == REFERENCE for entry, method in zip(written, frame["method"], strict=True)]
+    values = [value] if value in written else value.split(",")  # an entry may have a comma of its own
+    for each in values:
+        if each not in written:
+            raise ValueError(f"no run has {column}={each}: there are {', '.join(sorted(set(written)))}")
+    wanted = [entry in values or method == REFERENCE for entry, method in zip(written, frame["method"], strict=True)]
     return frame.loc[wanted]
 
 

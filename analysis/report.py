@@ -3,14 +3,16 @@
 The same runs give the same bytes: nothing in the files says when they were made.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.collect import collect, environment, read_tables
+from analysis.collect import collect, environment, home, read_tables
 from analysis.correlation import correlations, run_errors
 from analysis.figures import size_figures
 from analysis.figures.energy import ENERGY_CAPTION, token_energy
@@ -30,21 +32,25 @@ from analysis.tables.page import Report, page
 from runners.results import metrics
 from runners.results.metrics import Status, grid_words
 
+LONGEST_NAME = 100  # of the part of a folder's name that tells conditions
 MADE = (".md", ".tex", ".csv", ".png", ".html")  # the kinds of files that the folder holds; older ones are removed
 
 
-def write_report(study: Path, conditions: Mapping[str, str] | None = None, numbers: Path = PUBLISHED) -> Path:
-    """Make the report of a study anew and return its folder.
+def write_report(
+    study: Path | Sequence[Path], conditions: Mapping[str, str] | None = None, numbers: Path = PUBLISHED
+) -> Path:
+    """Make the report of a study anew and return its folder. Under conditions it has a folder of its own.
 
     Args:
-        study: the study's folder.
+        study: the study's folder; of several studies, their folders.
         conditions: which runs (see `analysis.collect.collect`); the page names them.
         numbers: the folder of published numbers.
 
     Raises:
         FileNotFoundError, ValueError: there are no runs, or no table may mix them (see `collect`).
     """
-    frame = collect(study, conditions)
+    studies = [study] if isinstance(study, Path) else list(study)
+    frame = collect(studies, conditions)
     summary = summarize(frame)
     pairs = compare_peers(summary, window_losses(frame))
     bold, published = winners(pairs), published_numbers(numbers)
@@ -52,7 +58,7 @@ def write_report(study: Path, conditions: Mapping[str, str] | None = None, numbe
     correlated = correlations(runs)
     figures, left_out = _draw(frame, summary, runs)
     report = Report(
-        study=study.resolve().name,
+        study=home(studies).resolve().name,
         conditions=dict(conditions or {}),
         comparison=comparison_of(summary, bold),
         papers=[papers.paper_table(summary, metric, bold, published) for metric in papers.table_metrics(summary)],
@@ -63,8 +69,21 @@ def write_report(study: Path, conditions: Mapping[str, str] | None = None, numbe
         missing=_missing(frame),
         provenance=_provenance(frame),
     )
-    _write(study / "report", _files(report, pairs, correlated))
-    return study / "report"
+    folder = home(studies) / _folder_name(conditions or {})
+    _write(folder, _files(report, pairs, correlated))
+    return folder
+
+
+def _folder_name(conditions: Mapping[str, str]) -> str:
+    """`report`, or `report-bits=3,method=gptq+rtn`: the report on some runs must not replace that on all.
+
+    What no file system would take is replaced, and the hash of the conditions keeps such names apart.
+    """
+    words = ",".join(f"{name}={'+'.join(sorted(conditions[name].split(',')))}" for name in sorted(conditions))
+    safe = re.sub(r"[^\w.,=+-]", "_", words, flags=re.ASCII)
+    if safe != words or len(safe) > LONGEST_NAME:
+        safe = f"{safe[:LONGEST_NAME]}-{sha256(words.encode()).hexdigest()[:8]}"
+    return f"report-{safe}" if safe else "report"
 
 
 def _draw(
@@ -112,7 +131,7 @@ def _files(report: Report, pairs: list[Pair], correlated: pd.DataFrame) -> dict[
         name = table.metric.slug
         files[f"{name}.md"] = f"{papers.markdown(table)}\n\nThe runs behind every number: `{name}.csv`."
         files[f"{name}.tex"] = latex(table)
-        files[f"{name}.csv"] = _csv(pd.DataFrame(table.entries).drop(columns=["printed", "beside"]), "%.6g")
+        files[f"{name}.csv"] = _csv(pd.DataFrame(table.entries).drop(columns=["printed", "beside", "places"]), "%.6g")
     if len(correlated):
         files["correlation.md"] = correlation_markdown(report.correlations)
         files["correlation.tex"] = correlation_latex(report.correlations)
@@ -151,9 +170,9 @@ def _missing(frame: pd.DataFrame) -> pd.DataFrame:
         for name in metrics.names(run, "skipped"):
             why = run[metrics.skipped(name)]
             if isinstance(why, str):  # other runs have a gap in this column
-                skipped.setdefault((name, why), []).append(run["folder"])
+                skipped.setdefault((name, why), []).append(run["place"])
     for (name, why), folders in skipped.items():
-        first = papers.run_path(folders[0])
+        first = folders[0]
         rows.append({"what": f"skipped: {name}", "why": why, "runs": len(folders), "see": first})
     return pd.DataFrame(rows, columns=["model", "method", "bits", "grid", "seed", "what", "why", "runs", "see"])
 
@@ -161,8 +180,7 @@ def _missing(frame: pd.DataFrame) -> pd.DataFrame:
 def _not_done(run: Row) -> Row:
     why = ": ".join(run[name] for name in ("reason", "stage", "error") if isinstance(run.get(name), str))
     labels = {name: run.get(name) for name in ("model", "method", "bits", "seed")}
-    place = papers.run_path(run["folder"])
-    return labels | {"grid": grid_words(run), "what": run["status"], "why": why, "runs": 1, "see": place}
+    return labels | {"grid": grid_words(run), "what": run["status"], "why": why, "runs": 1, "see": run["place"]}
 
 
 def _provenance(frame: pd.DataFrame) -> pd.DataFrame:

@@ -55,7 +55,8 @@ def summarize(frame: pd.DataFrame) -> list[Row]:
     - `series`, `model`, `family`, `parameters`, `method`, and the first run's other labels that are words;
     - `label`: the method's name, and the settings that set it apart from another series of the same table entry;
     - `bits` (None for full precision), `group_size`, `grid` (in words);
-    - `seeds` (how many), `folders` (of its runs), `damping_raised`, `rank` (its order among those of its model);
+    - `seeds` (how many), `folders` (of its runs), `places` (the same, from the report), `damping_raised`, `rank` (its
+      order among those of its model);
     - every measured number under its key in `metrics.json`, as the mean over the seeds;
     - `deviations`: of the same keys, the sample standard deviation over the seeds, NaN for a single one.
 
@@ -102,6 +103,7 @@ def _row(runs: pd.DataFrame, sizes: dict[str, float]) -> Row:
         "grid": grid_words(first),
         "seeds": len(runs),
         "folders": list(runs["folder"]),
+        "places": list(runs["place"]),
         "deviations": {},
     }
     measured = runs.select_dtypes("number").drop(columns=list(LABELS), errors="ignore").dropna(axis=1, how="all")

@@ -20,6 +20,7 @@ from runners.config.settings import Settings
 from runners.console import console
 from runners.errors import FAILED, INTERRUPTED, WRONG_INPUT, InputError
 from runners.results.metrics import OPEN, RELATIVE_ERROR, Status, bits_words
+from runners.results.studies import remember
 from runners.results.tables import cells_table, failure_text, next_steps, results_table
 from runners.run.experiment import run_experiment
 from runners.sweeps.cells import describe_cells, read_status, register_cells
@@ -76,7 +77,9 @@ def _start(main: Callable[[], Any]) -> None:
 def _run(command: CommandLine, multirun: bool) -> None:
     if any(cell.execution.dry_run for cell in command.cells):
         console.print(cells_table(describe_cells(command.cells)))
-    elif multirun:
+        return
+    remember(command.cells[0].study_folder)
+    if multirun:
         _run_sweep(command)
     else:
         run_here(command.composed, lambda _: _run_cell(command.cells[0], single=True))

@@ -15,8 +15,8 @@ import wandb
 from runners.arguments import start
 from runners.console import console
 from runners.errors import InputError
-from runners.names import check_name
 from runners.results import metrics
+from runners.results.studies import chosen_study
 from runners.tracking import content
 from runners.tracking.wandb_server import logged_in
 
@@ -33,14 +33,15 @@ COLUMNS = (
 
 def main(
     entity: Annotated[str, "the user or team of W&B that owns the project"],
-    study: Annotated[str, "name of the study"] = "tiny",
+    study: Annotated[str | None, "name of the study (default: the one that was run last)"] = None,
     project: Annotated[str, "project of W&B"] = "quantease-bench",
     results: Annotated[Path, "folder of all studies"] = Path("results"),
 ) -> None:
     """Save two pages for a study on W&B, a workspace and the template of a report, and print their addresses."""
     if find_spec("wandb_workspaces") is None:
         raise InputError('reports need a package that is not installed: pip install "quantease-bench[reports]"')
-    names = metric_names(results / check_name("study", study))
+    study = chosen_study(study, results)
+    names = metric_names(results / study)
     if not logged_in():
         raise InputError("W&B does not know who you are: run wandb login, or set WANDB_API_KEY")
     try:

@@ -7,19 +7,20 @@ from typing import Annotated, Any
 from runners.arguments import start
 from runners.console import console
 from runners.errors import InputError, known_names
-from runners.names import check_name
 from runners.results.metrics import EVALUATE_SECONDS, METRICS, OPEN, QUANTIZE_SECONDS, Status, model_words
 from runners.results.progress import PROGRESS
+from runners.results.studies import chosen_study
 from runners.results.tables import cell_counts, cells_table
 from runners.sweeps.cells import read_status, registered_cells
 
 
 def main(
-    study: Annotated[str, "name of the study"] = "runs",
+    study: Annotated[str | None, "name of the study (default: the one that was run last)"] = None,
     results: Annotated[Path, "folder of all studies"] = Path("results"),
 ) -> None:
     """Show which cells of a study are done, running, failed or missing, and how long the rest will take."""
-    rows = cells(results / check_name("study", study))
+    study = chosen_study(study, results)
+    rows = cells(results / study)
     if not_done := [row for row in rows if row["status"] != Status.DONE]:
         console.print(cells_table(not_done), soft_wrap=False)
     console.print(f"{results / study}: {cell_counts(rows)}; {time_left(rows)}", highlight=False, soft_wrap=True)
@@ -88,7 +89,7 @@ def _from_name(name: str) -> dict[str, Any]:
 
 def _no_study(study: Path) -> str:
     studies = sorted(folder.name for folder in study.parent.glob("*/") if folder.is_dir())
-    return f"there is no study {study}: {known_names(study.name, studies) if studies else 'nothing has run yet'}"
+    return f"there is no study {study.absolute()}: {known_names(study.name, studies) if studies else 'nothing has run yet'}"
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from typing import Annotated
 from runners.arguments import start
 from runners.console import console
 from runners.errors import InputError
-from runners.names import check_name
 from runners.results.metrics import METRICS
+from runners.results.studies import chosen_study
 from runners.tracking.content import run_id, without_attempt
 from runners.tracking.wandb_server import OFFLINE, logged_in
 from runners.tracking.weights_and_biases import data_folder
@@ -27,7 +27,7 @@ PARALLEL_UPLOADS = 4  # runs of a study are small: an upload mostly waits for th
 
 
 def main(
-    study: Annotated[str, "name of the study"] = "tiny",
+    study: Annotated[str | None, "name of the study (default: the one that was run last)"] = None,
     results: Annotated[Path, "folder of all studies"] = Path("results"),
     dry_run: Annotated[bool, "only list the runs that would be sent"] = False,
 ) -> None:
@@ -35,7 +35,8 @@ def main(
 
     The same command again sends only what is still missing.
     """
-    folders, left_out = pending(results / check_name("study", study))
+    study = chosen_study(study, results)
+    folders, left_out = pending(results / study)
     remarks = "".join(f", {count} {reason}" for reason, count in left_out.items())
     if dry_run:
         for folder in folders:
@@ -57,7 +58,9 @@ def pending(study: Path) -> tuple[list[Path], Counter[str]]:
         InputError: there is no such study, or it has no offline runs.
     """
     if not study.is_dir():
-        raise InputError(f"{study} is not the folder of a study: set study=NAME, and results=PATH if it is elsewhere")
+        raise InputError(
+            f"{study.absolute()} is not the folder of a study: set study=NAME, and results=PATH if it is elsewhere"
+        )
     folders = sorted((study / "wandb").glob("offline-run-*"))  # their names start with the time
     if not folders:
         raise InputError(

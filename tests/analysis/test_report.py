@@ -6,11 +6,14 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
-from analysis.__main__ import main
+from analysis.__main__ import _run, main
 from analysis.report import write_report
+from runners.errors import InputError
+from runners.results.studies import remember
 from tests.conftest import PROJECT
 from tests.studies import write_run, write_study
 
@@ -125,9 +128,133 @@ def test_the_command_prints_the_table_and_writes_the_report(tmp_path: Path, caps
     main([str(tmp_path)])
     assert f"All tables and figures: {tmp_path / 'report' / 'index.html'}" in capsys.readouterr().out
     main(["report", str(tmp_path), "bits=3"])
-    page = (tmp_path / "report" / "index.html").read_text()
+    page = (tmp_path / "report-bits=3" / "index.html").read_text()
     assert "Only runs with bits=3" in page
     assert "<td>4</td>" not in page
+    assert "<td>4</td>" in (tmp_path / "report" / "index.html").read_text()
+
+
+def small_study(study: Path, *methods: str, bits: int = 3) -> Path:
+    for method in methods:
+        labels = {"model": "m", "method": method, "bits": bits, "status": "done", "bits_per_weight": 3.0, "ppl/t": 9.0}
+        names = {"digest": f"{method}{bits}", "series": f"{method}{bits}"}
+        write_run(study, f"{method}-{bits}b-{method}{bits}", None, **labels, **names)
+    return study
+
+
+def test_a_report_on_some_runs_leaves_that_on_all_as_it_is(tmp_path: Path) -> None:
+    study = small_study(tmp_path / "s", "rtn", "gptq", "awq")
+    whole = {file.name: file.read_bytes() for file in write_report(study).iterdir()}
+    some = write_report(study, {"method": "rtn,gptq", "bits": "3"})
+    assert some == study / "report-bits=3,method=gptq+rtn"
+    assert some == write_report(study, {"bits": "3", "method": "gptq,rtn"})  # the order says nothing
+    assert "awq" not in (some / "comparison.md").read_text()
+    assert {file.name: file.read_bytes() for file in (study / "report").iterdir()} == whole
+
+
+def test_any_condition_names_a_folder_of_its_own_below_the_study(tmp_path: Path) -> None:
+    study = tmp_path / "s"
+    values = ["a/../../b", "a_.._.._b", "a b", "a:b", "x" * 300, "x" * 301, "ü"]
+    for value in values:
+        labels = {"model": "m", "method": "rtn", "bits": 3, "status": "done", "bits_per_weight": 3.0, "ppl/t": 9.0}
+        write_run(study, f"run{values.index(value)}", None, **labels, calibration=value, series=value)
+    folders = {write_report(study, {"calibration": value}) for value in values}
+    assert len(folders) == len(values)
+    assert {folder.parent for folder in folders} == {study}
+    assert all(re.fullmatch(r"[\w.,=+-]{1,130}", folder.name, re.ASCII) for folder in folders)
+
+
+def test_several_studies_share_a_table_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = small_study(tmp_path / "first", "rtn", "gptq")
+    second = small_study(small_study(tmp_path / "second", "rtn"), "awq", bits=4)
+    main([str(first), str(second)])
+    printed = capsys.readouterr().out
+    assert [line.split("|")[4].strip() for line in printed.splitlines()[2:5]] == ["awq", "rtn", "gptq"]
+    folder = tmp_path / "first+second" / "report"
+    assert f"All tables and figures: {folder / 'index.html'}" in printed
+    links = Links((folder / "index.html").read_text()).found
+    assert {link for link in links if link.startswith("../")} >= {
+        "../../first/m/gptq-3b-gptq3",
+        "../../second/m/awq-4b-awq4",
+    }
+    assert all(link == "data:," or (folder / link).exists() for link in links)
+    assert not (first / "report").exists()
+    main([str(first), str(first / ".." / "first"), "method=rtn"])  # twice the same
+    assert "rtn" in capsys.readouterr().out
+
+
+def test_a_run_is_found_by_how_its_name_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small_study(Path("results") / "night", "gptq", "gptq_quantease", "rtn")
+    (found,) = [_run("gptq_")]
+    assert found.name == "gptq_quantease-3b-gptq_quantease3"
+    assert _run("rtn3") == _run("rtn-3b-rtn3")
+    assert _run("gptq3").name == "gptq-3b-gptq3"
+    for word, sentence in (
+        ("gptq", r"gptq fits 2 runs: results/night/m/gptq-3b-gptq3, results/night/m/gptq_quantease-3b-\S+\. Name more"),
+        ("spqr", rf"spqr is no run in {tmp_path}/results: name a run's folder"),
+        ("", "is no run in"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            _run(word)
+    with pytest.raises(SystemExit):
+        main(["nigt"])
+    assert (
+        capsys.readouterr().err
+        == f"error: there is no study nigt in {tmp_path}/results: did you mean night? There are night\n"
+    )
+
+
+def test_without_a_name_the_study_that_was_run_last_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("night", "day"):
+        remember(small_study(Path("results") / name, "rtn" if name == "day" else "gptq"))
+    main(["method=rtn"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"study: day (the last that was run in {tmp_path}/results)\n")
+    assert "gptq" not in printed
+
+
+HOSTILE = "<b>a|b & 100% $x$ #_{~^\\}"  # as the name of a text or a model may be
+
+
+def test_names_and_messages_from_outside_are_text_in_every_format(tmp_path: Path) -> None:
+    for method in ("rtn", "gptq"):
+        labels = {
+            "model": HOSTILE,
+            "method": method,
+            "bits": 3,
+            "status": "done",
+            "bits_per_weight": 3.0,
+            "parameters": 9,
+        }
+        text = {f"ppl/{HOSTILE}": 9.0, f"protocol/{HOSTILE}": "gptq", f"windows/{HOSTILE}": 3}
+        write_run(tmp_path, f"{method}; <i>", {HOSTILE: [1.0, 2.0, 3.0]}, **labels, **text, series=method)
+    failed = {"model": HOSTILE, "method": "awq", "bits": 3, "status": "failed", "stage": "load"}
+    write_run(tmp_path, "awq", None, **failed, error="one | two\n<script>alert(1)</script> [red]")
+    folder = write_report(tmp_path)
+    page = (folder / "index.html").read_text()
+    assert "<script" not in page
+    assert "<b>" not in page
+    assert "<i>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    for link in Links(page).found:
+        assert link == "data:," or (folder / unquote(link)).exists(), link
+    rows = [line for line in (folder / "comparison.md").read_text().splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+    assert all("<b>" not in file.read_text() for file in folder.glob("*.md"))
+    for file in folder.glob("*.tex"):
+        lines = file.read_text().splitlines()
+        assert lines[0].startswith("%")
+        rest = "\n".join(lines[1:])
+        assert not re.search(r"(?<!\\)[%#_]", rest)
+        assert len(re.findall(r"(?<!\\)\{", rest)) == len(re.findall(r"(?<!\\)\}", rest))
+        cells = {len(re.findall(r"(?<!\\)&", line)) for line in lines if line.endswith(r"\\")}
+        assert len(cells) == 1
 
 
 def test_two_runs_are_compared_by_folder_name_or_digest(

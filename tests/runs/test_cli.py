@@ -248,6 +248,7 @@ def test_a_sweep_goes_on_after_a_failing_cell_and_exits_non_zero(
     assert "group_size=12" in table
     assert "group_size=16" in table
     assert len(list(tmp_path.glob("runs/toy/rtn-3b-*/layers.csv"))) == 1
+    assert (tmp_path / ".last_study").read_text() == "runs"
 
 
 def test_help_is_a_page_for_newcomers() -> None:

@@ -17,6 +17,7 @@ from runners.errors import WRONG_INPUT
 from runners.results.metrics import METRICS
 from runners.results.progress import Progress
 from runners.results.run_folder import RunFolder
+from runners.results.studies import LAST, chosen_study, remember
 from runners.sweeps.cells import CELLS, read_status, register_cells, registered_cells
 from tests.conftest import ToySettings
 
@@ -147,6 +148,24 @@ def test_the_status_of_a_study(study: Path, capsys: pytest.CaptureFixture[str]) 
     # 60 s for the missing one, nearly as many for the running one, and 600 s for the one that died.
     expected = "2 done, 1 running, 1 interrupted, 1 failed, 1 missing; about 12 min left with 1 worker"
     assert lines[-1] == f"{study}: {expected}"
+
+
+def test_the_study_that_was_run_last_needs_no_name(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = study.parent
+    words = [f"results={results}"]
+    with pytest.raises(SystemExit):
+        start(status.main, words=words)
+    assert f"no study was run in {results} yet: name one, of which there are night" in capsys.readouterr().err
+    (results / "tiny").mkdir()
+    start(status.main, words=words)
+    assert capsys.readouterr().out.startswith(f"study: tiny (nothing was run in {results} yet)\n")
+    remember(results / "tiny")
+    remember(study)
+    start(status.main, words=words)
+    assert capsys.readouterr().out.startswith(f"study: night (the last that was run in {results})\n")
+    for note in ("../outside", "", "gone", "a\x00b"):  # damaged notes count as none
+        (results / LAST).write_text(note)
+        assert chosen_study(None, results) == "tiny"
 
 
 def test_time_left() -> None:

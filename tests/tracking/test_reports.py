@@ -131,7 +131,7 @@ def test_mistakes_are_answered_in_a_sentence(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(InputError, match=r"missing: entity; see python -m runners\.reports --help"):
         invoke([f"results={tmp_path}"], main)
     with pytest.raises(InputError, match="has no runs: set study=NAME"):
-        invoke(["entity=me", f"results={tmp_path}"], main)
+        invoke(["entity=me", "study=mine", f"results={tmp_path}"], main)
     make_study(tmp_path)
     monkeypatch.setattr(reports, "logged_in", lambda: False)
     with pytest.raises(InputError, match="run wandb login"):
