@@ -45,6 +45,7 @@ ROOMS: dict[str, str] = {
     "tracking": "results config",
     "run": "storage data models results quantization evaluation config tracking",
     "sweeps": "storage results config run",
+    "prune": "results sweeps",
     "benchmark": "storage models quantization run",
     "pretrain": "storage data evaluation",
     "commands": "results config run sweeps tracking",

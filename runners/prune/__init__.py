@@ -1,0 +1,1 @@
+"""Making room: what of a study can go, and its removal."""
