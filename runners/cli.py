@@ -4,8 +4,10 @@ import logging
 import math
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
@@ -15,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 from runners.config.command_line import CommandLine, check_names, configuration, read
 from runners.config.from_config import settings_from
 from runners.config.hydra_internals import launch, parse_arguments, run_here
-from runners.config.launchers import prepare_ray
 from runners.config.settings import Settings
 from runners.console import console
 from runners.errors import FAILED, INTERRUPTED, WRONG_INPUT, InputError
@@ -24,6 +25,7 @@ from runners.results.studies import remember
 from runners.results.tables import cells_table, failure_text, next_steps, results_table
 from runners.run.experiment import run_experiment
 from runners.sweeps.cells import describe_cells, read_status, register_cells
+from runners.sweeps.engines import prepared
 from runners.sweeps.isolation import record_dead_runs, run_isolated, sigterm_as_interrupt
 
 log = logging.getLogger(__name__)
@@ -69,7 +71,6 @@ def _start(main: Callable[[], Any]) -> None:
             check_names(options.overrides, options.multirun)
         main()
     else:
-        prepare_ray()
         with sigterm_as_interrupt(), configuration():
             _run(read(options.overrides, options.multirun), options.multirun)
 
@@ -89,6 +90,7 @@ def job(cfg: DictConfig) -> float:
     """Run one cell from its composed configuration, in the process that the launcher chose; returns its layer error."""
     single = HydraConfig.get().mode == RunMode.RUN
     try:
+        _enter(Path(HydraConfig.get().runtime.cwd))
         settings = settings_from(cfg)
     except InputError as error:
         return _failed(str(error), single)
@@ -98,13 +100,26 @@ def job(cfg: DictConfig) -> float:
     return _run_cell(settings, single)
 
 
+def _enter(folder: Path) -> None:
+    """Go where the command was given: a process of a launcher may start elsewhere, and relative paths must not change."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        host = socket.gethostname()
+        raise InputError(
+            f"{folder}, where the command was given, cannot be entered on {host} ({error.strerror}): the machines of "
+            "a sweep must share it"
+        ) from error
+
+
 def _run_sweep(command: CommandLine) -> None:
     cells = command.cells
     register_cells(cells)
     skipped = {cell.folder for cell in cells if not (cell.execution.force or cell.execution.retry_failed)}
     failed_before = sum(read_status(folder)["status"] == Status.FAILED for folder in skipped)
     try:
-        launch(command.composed, job)
+        with prepared(command.composed.hydra.launcher):
+            launch(command.composed, job)
     finally:
         record_dead_runs(cells)
     _summarize(cells, failed_before)

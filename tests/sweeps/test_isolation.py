@@ -5,16 +5,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from quantease.coordinate_descent import QuantEase
 from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from runners import cli
@@ -28,8 +24,8 @@ from runners.run.experiment import failure_metrics, run_cell, run_experiment
 from runners.sweeps import isolation
 from runners.sweeps.cells import read_status
 from runners.sweeps.isolation import record_dead_runs, run_isolated, sigterm_as_interrupt
-from tests.conftest import PROJECT, ToySettings
-from tests.problems import random_problem
+from tests.conftest import ToySettings
+from tests.sweeps.endless import StartSweep, quantizing, wait_for
 
 DONE = {"status": "done", "method": "fp16", "model": "toy", "bits_per_weight": 16.0, "layers/mean_relative_error": 0.0}
 
@@ -211,45 +207,7 @@ def test_an_interrupt_of_a_single_run_leaves_a_row(toy_settings: ToySettings) ->
     assert len((settings.folder / "layers.csv").read_text().splitlines()) == 1 + 5
 
 
-@pytest.fixture
-def start_endless_sweep(
-    toy_model: Path, data_root: Path, tmp_path: Path
-) -> Iterator[Callable[[int], subprocess.Popen[str]]]:
-    """Starts a sweep of two cells that would take years, with its output to where it is told; ends what is left of it."""
-    QuantEase(num_iters=3).solve(random_problem(), GridSpec(3))  # numba's code is on disk: no sweep has to compile it
-    toy = ["model=local", f"model.path={toy_model}", "calibration.num_sequences=4", "evaluation=wikitext2"]
-    endless = ["method=quantease", "method.num_iters=1000000000", "bits=3,4", "tracker=none", "-m"]
-    arguments = [*toy, f"data_root={data_root}", f"results={tmp_path}", *endless]
-    command = [sys.executable, str(PROJECT / "run.py"), *arguments]
-    started: list[subprocess.Popen[str]] = []
-
-    def start(output: int) -> subprocess.Popen[str]:
-        sweep = subprocess.Popen(command, cwd=PROJECT, stdout=output, stderr=output, text=True, start_new_session=True)
-        started.append(sweep)
-        return sweep
-
-    yield start
-    for sweep in started:
-        with suppress(ProcessLookupError):
-            os.killpg(sweep.pid, signal.SIGKILL)
-
-
-def wait_for(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 600
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.2)
-
-
-def quantizing(study: Path) -> list[Path]:
-    """The folders of runs that are at work on their layers."""
-    found = [file.parent for file in study.glob(f"toy/*/{PROGRESS}")]
-    return [folder for folder in found if (read_progress(folder) or {}).get("stage") == "quantize"]
-
-
-def test_ctrl_c_ends_a_sweep_in_order(
-    start_endless_sweep: Callable[[int], subprocess.Popen[str]], tmp_path: Path
-) -> None:
+def test_ctrl_c_ends_a_sweep_in_order(start_endless_sweep: StartSweep, tmp_path: Path) -> None:
     sweep = start_endless_sweep(subprocess.PIPE)
     wait_for(lambda: bool(quantizing(tmp_path / "runs")))
     (folder,) = quantizing(tmp_path / "runs")
@@ -265,7 +223,7 @@ def test_ctrl_c_ends_a_sweep_in_order(
 
 
 def test_a_cell_does_not_outlive_its_sweep_and_a_killed_sweep_goes_on(
-    start_endless_sweep: Callable[[int], subprocess.Popen[str]], tmp_path: Path
+    start_endless_sweep: StartSweep, tmp_path: Path
 ) -> None:
     sweep = start_endless_sweep(subprocess.DEVNULL)
     wait_for(lambda: bool(quantizing(tmp_path / "runs")))

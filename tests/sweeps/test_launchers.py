@@ -55,7 +55,7 @@ def test_the_same_sweep_gives_the_same_results(
 @pytest.mark.parametrize("launcher", PRESETS)
 def test_what_is_not_installed_gets_a_sentence(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launchers, "_is_there", lambda _module: False)
-    extra = {"workers": "joblib", "slurm": "submitit", "slurm_local": "submitit", "ray_local": "ray"}[launcher]
+    extra = {"workers": "joblib", "slurm": "submitit", "slurm_local": "submitit"}.get(launcher, "ray")
     with pytest.raises(InputError) as error:
         check([f"hydra/launcher={launcher}", "method=rtn"], multirun=True)
     assert str(error.value) == f'hydra/launcher={launcher} is not installed: pip install "quantease-bench[{extra}]"'
