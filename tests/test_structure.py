@@ -46,6 +46,7 @@ ROOMS: dict[str, str] = {
     "run": "storage data models results quantization evaluation config tracking",
     "sweeps": "storage results config run",
     "prune": "results sweeps",
+    "audit": "storage data models results quantization evaluation config run",
     "benchmark": "storage models quantization run",
     "pretrain": "storage data evaluation",
     "commands": "results config run sweeps tracking",

@@ -202,7 +202,7 @@ class BlockwiseEvaluation:
     def _measure(self, text: _TextInProgress) -> dict[str, list[float]]:
         """Measure a text whose activations have left the last block: logits and losses, a few windows at a time."""
         reference = self._reference(text)
-        rows = self._windows_at_once(text.ids.shape[1])
+        rows = windows_at_once(self._source.model, text.ids.shape[1])
         measured: dict[str, list[float]] = {}
         first = 0
         for batch in text.activations.hidden:
@@ -249,7 +249,8 @@ class BlockwiseEvaluation:
         self._references.put(sha256, final)
         return final
 
-    def _windows_at_once(self, length: int) -> int:
-        """Windows whose logits fit into LOGITS_BYTES; at least one."""
-        vocabulary = self._source.model.config.get_text_config().vocab_size
-        return max(1, int(LOGITS_BYTES / (4 * vocabulary * length)))  # 4 bytes per float32
+
+def windows_at_once(model: Any, length: int) -> int:
+    """Windows of `length` tokens whose logits fit into LOGITS_BYTES; at least one."""
+    vocabulary = model.config.get_text_config().vocab_size
+    return max(1, int(LOGITS_BYTES / (4 * vocabulary * length)))  # 4 bytes per float32

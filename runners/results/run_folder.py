@@ -129,8 +129,17 @@ class RunFolder:
         self._write_csv("windows.csv", ["text", "window", *measures], rows)
 
     def _write_csv(self, name: str, columns: list[str], rows: Iterable[dict[str, Any]]) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write(self.path / name, text.getvalue())
+        write_csv(self.path / name, columns, rows)
+
+
+def write_csv(file: Path, columns: list[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Write a table: whole, or not at all. None is an empty cell.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(file, text.getvalue())

@@ -46,13 +46,7 @@ def preflight(settings: Settings) -> RunInputs:
     Raises:
         InputError: the first thing that is wrong.
     """
-    try:
-        device = torch.device(settings.execution.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # Triton launches its kernels on the current device, not on that of a tensor
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device={settings.execution.device} cannot be used: {str(error).splitlines()[0]}") from error
+    device = open_device(settings.execution.device)
     checkpoint = open_checkpoint(settings.run.model)
     if settings.run.quantizes:
         check_divisibility(checkpoint.skeleton, settings.run.grid)
@@ -71,9 +65,25 @@ def preflight(settings: Settings) -> RunInputs:
     prompts = check_prompts(tasks, tokenizer, checkpoint.config, length=length, limit=limit)
     tokens = [text.ids for text in windows.values()] + ([] if sequences is None else sequences.all)
     _check_vocabulary(max([prompts.largest_id, *(int(ids.max()) for ids in tokens)]), checkpoint)
-    batch_size = settings.execution.batch_size or _batch_size(checkpoint, device)
+    batch_size = settings.execution.batch_size or default_batch_size(checkpoint, device)
     skipped |= missing | prompts.skipped
     return RunInputs(checkpoint, tokenizer, device, sequences, windows, prompts.tasks, skipped, batch_size)
+
+
+def open_device(name: str | None) -> torch.device:
+    """The device of this name; None: a GPU where there is one.
+
+    Raises:
+        InputError: it cannot be used.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # Triton launches its kernels on the current device, not on that of a tensor
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def _check_coverage(checkpoint: Checkpoint, warnings: str) -> None:
@@ -94,7 +104,7 @@ def _check_vocabulary(largest: int, checkpoint: Checkpoint) -> None:
         )
 
 
-def _batch_size(checkpoint: Checkpoint, device: torch.device) -> int:
+def default_batch_size(checkpoint: Checkpoint, device: torch.device) -> int:
     """The number of sequences that keep the device busy and fit into its memory."""
     tokens: float = BATCH_TOKENS.get(device.type, 2048)
     if device.type == "cuda":

@@ -1,0 +1,1 @@
+"""`python -m runners.audit RUN`: which layers a quantized model's loss comes from."""
