@@ -2,10 +2,11 @@
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from analysis.audit import compared, single_layers
 from analysis.figures.points import LeftOut
-from analysis.figures.style import GRAY, METHODS, OTHERS, legend, legend_key, panels, styled
+from analysis.figures.style import GRAY, METHODS, OTHERS, legend, legend_key, panels, short, styled
 
 NAMED = 3  # layers that are named in a panel: those that cost the other run most more
 MOST_PANELS = 4
@@ -41,8 +42,11 @@ def against_base(frame: pd.DataFrame, base: str) -> Figure:
         for row in pair.loc[pair["difference"] > 0].head(NAMED).to_dict("records"):
             label = f"{row['block']} {str(row['layer']).rpartition('.')[2]} "
             axis.annotate(label, (float(row[x]), float(row[y])), fontsize=7, ha="right", va="bottom")
-        # Powers of ten alone: layers of one model differ by several.
         axis.set(xlabel=f"KL alone, {base}", ylabel=f"KL alone, {other}", xscale="log", yscale="log")
+        for which in (axis.xaxis, axis.yaxis):
+            which.set_major_locator(LogLocator(base=10))  # powers of ten alone: layers of one model differ by several
+            which.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+            which.set_minor_formatter(NullFormatter())
     legend(figure, look, [legend_key("the same", color=GRAY)])
     return figure
 

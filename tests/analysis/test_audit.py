@@ -86,6 +86,7 @@ def test_the_picture(folder: Path) -> None:
     (axis,) = figure.axes
     assert [text.get_text().strip() for text in axis.texts] == ["2 fc1"]
     assert png(figure)[:4] == b"\x89PNG"
+    assert {"0.001", "0.01"} <= {label.get_text() for label in axis.get_yticklabels()}
     (folder / "gptq.csv").unlink()
     with pytest.raises(LeftOut, match="no run to compare with rtn"):
         against_base(read_audits(folder), "rtn")
