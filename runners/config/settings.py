@@ -29,9 +29,14 @@ class Settings:
         """The unquantized run that this one is compared with."""
         return self.replace(method=Method(REFERENCE, None), force=False)
 
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """Asked for once: it has the hashes of the data sets, whose files may be gone when the run ends."""
+        return self.run.identity(self.execution.data_root)
+
     def identity(self) -> dict[str, Any]:
         """Everything that can change a number, and nothing else. The run's folder has its hash in its name."""
-        return self.run.identity(self.execution.data_root)
+        return dict(self._identity)
 
     def resolved(self) -> dict[str, Any]:
         """Every setting, for `config.yaml`; the model's folder is replaced by the fingerprint of its files."""

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -217,3 +218,15 @@ def test_a_run_that_cannot_be_recorded_says_so(toy_settings: ToySettings, tmp_pa
     (tmp_path / "results").write_text("a file where the folder should be")
     with pytest.raises(InputError, match="nothing can be written to"):
         run_cell(settings)
+
+
+def test_a_run_keeps_its_identity_when_its_data_sets_vanish(
+    toy_settings: ToySettings, data_root: Path, tmp_path: Path
+) -> None:
+    """They are read at the beginning; what is written at the end must not be of other data."""
+    own = shutil.copytree(data_root, tmp_path / "data")
+    settings = toy_settings("method=rtn", f"data_root={own}")
+    digest = settings.digest
+    shutil.rmtree(own)
+    expected = toy_settings("method=rtn", f"data_root={data_root}")
+    assert (settings.digest, settings.series) == (digest, expected.series)
