@@ -10,6 +10,10 @@ class InputError(Exception):
     """Something given is wrong. The message is a sentence: what, where (the key, the file, the layer), what to do."""
 
 
+class NoRoom(InputError):
+    """A disk is full, over its quota or broken. Nothing is wrong with the run: the same command goes on with it."""
+
+
 class MissingData(InputError):
     """A data set is neither in the data root nor on the hub. What does not need it can still run."""
 

@@ -3,13 +3,14 @@
 import dataclasses
 import logging
 import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from quantease.layer import Unsupported
 from runners.config.settings import Settings
-from runners.errors import InputError
+from runners.errors import InputError, NoRoom
 from runners.quantization.finished_blocks import delete_finished_blocks
 from runners.results.layers import LayerRecord, refuse_warnings, ruled_by_few_tokens
 from runners.results.metrics import (
@@ -30,11 +31,12 @@ from runners.results.run_folder import RunFolder
 from runners.run.preflight import RunInputs, preflight, run_environment
 from runners.run.stages import Stages
 from runners.run.walk import walk_rounding
-from runners.storage.files import check_writable
+from runners.storage.files import check_writable, is_of_disk
 from runners.tracking.tracker import RunTracker, track
 
 log = logging.getLogger(__name__)
 
+CLEARING = "clear"  # the stage in which the metrics are written and the finished blocks deleted
 INTERRUPTED = "interrupted {where}: the same command again goes on with it"
 
 
@@ -69,6 +71,7 @@ def run_cell(settings: Settings, is_asked_for: bool = True) -> dict[str, Any]:
     """
     folder = RunFolder(settings.folder)
     if (ended := folder.metrics_to_keep(settings.execution.force, settings.execution.retry_failed)) is not None:
+        _clear_leftovers(folder)
         return _skip(settings, ended, is_asked_for)
     check_writable(folder.path)
     if not is_asked_for and folder.is_running():
@@ -82,6 +85,18 @@ def run_cell(settings: Settings, is_asked_for: bool = True) -> dict[str, Any]:
             return _skip(settings, ended, is_asked_for)
         folder.clear_result()
         return _run(settings, folder)
+
+
+def _clear_leftovers(folder: RunFolder) -> None:
+    """Finish what a kill has cut off after the metrics were written: `_run` deletes the finished blocks and the progress."""
+    if read_progress(folder.path) is None:
+        return
+    with folder.lock(wait=False) as is_mine:
+        progress = read_progress(folder.path)
+        if is_mine and progress is not None and folder.metrics() is not None:
+            if progress["stage"] == CLEARING:  # else they are to be kept
+                delete_finished_blocks(folder.path)
+            remove_progress(folder.path)
 
 
 def _skip(settings: Settings, metrics: dict[str, Any], is_asked_for: bool) -> dict[str, Any]:
@@ -104,15 +119,18 @@ def _run(settings: Settings, folder: RunFolder) -> dict[str, Any]:
             with progress.follow_bars():
                 metrics = _measure(settings, folder, progress, tracker)
         except Exception as error:
-            metrics = _failure(error, progress)
+            metrics = _interruption(settings, error, progress) or _failure(error, progress)
         except KeyboardInterrupt as raised:  # held back until everything is written
             interrupt = raised
             error = INTERRUPTED.format(where=progress.words())
             metrics = failure_metrics(settings, Reason.INTERRUPTED, progress.stage, error)
         metrics = _labels(settings) | metrics
         tracker.finish(metrics, progress.records)
+    is_to_be_cleared = metrics["status"] == Status.DONE and not settings.execution.keep_checkpoint
+    if is_to_be_cleared:
+        progress.stage = CLEARING
     folder.write_json(METRICS, metrics)
-    if metrics["status"] == Status.DONE and not settings.execution.keep_checkpoint:
+    if is_to_be_cleared:
         delete_finished_blocks(folder.path)
     remove_progress(folder.path)
     if interrupt is not None:
@@ -199,6 +217,17 @@ def _labels(settings: Settings) -> dict[str, Any]:
         labels |= {"calibration": calibration.name, CALIBRATION_INPUTS: calibration.inputs}
         labels |= {TOKEN_WEIGHTS: calibration.token_weights}
     return labels
+
+
+def _interruption(settings: Settings, error: Exception, progress: Progress) -> dict[str, Any] | None:
+    """The metrics of a run that a full or broken disk has stopped; None if the error is another."""
+    if isinstance(error, NoRoom):
+        return failure_metrics(settings, Reason.INTERRUPTED, progress.stage, str(error))
+    if not is_of_disk(error):  # such as of a library that could not write its own files
+        return None
+    where = f" in {Path(error.filename).parent}" if isinstance(error, OSError) and error.filename else ""
+    words = f"{type(error).__name__}: {error}: make room{where}, and the same command again goes on"
+    return failure_metrics(settings, Reason.INTERRUPTED, progress.stage, words)
 
 
 def _failure(error: Exception, progress: Progress) -> dict[str, Any]:

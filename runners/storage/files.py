@@ -3,7 +3,9 @@
 A reader sees the old content of a file or the new one, never a part: also after a kill, a full disk or a power failure.
 """
 
+import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,14 +14,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from runners.errors import InputError
+from runners.errors import InputError, NoRoom
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what is wrong is the disk, not what is written to it
 
 
 def write(path: Path, content: str) -> None:
     """Write a text file atomically.
 
     Raises:
-        InputError: the file cannot be written (no room, no permission); its old content is untouched.
+        NoRoom: the disk is full, over quota or broken; the old content of the file is untouched.
+        InputError: the file cannot be written for another reason, such as no permission; the same holds.
     """
     with _atomically(path) as partial:
         partial.write_text(content, encoding="utf-8")
@@ -29,7 +34,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Write a safetensors file atomically, from any device.
 
     Raises:
-        InputError: as for `write`.
+        NoRoom, InputError: as for `write`.
     """
     with _atomically(path) as partial:
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial, metadata)
@@ -48,11 +53,25 @@ def _atomically(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # before the rename, or a power failure could leave the new name with no content
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} cannot be written ({why}): make room there or set results=FOLDER") from error
+        raise _not_written(path, error) from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)  # after an error; a rename has left nothing to remove
+
+
+def is_of_disk(error: BaseException) -> bool:
+    """Whether the error says that a disk is full, over its quota or broken."""
+    number = getattr(error, "errno", None)
+    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])  # Rust's words
+    return number in DISK
+
+
+def _not_written(path: Path, error: Exception) -> InputError:
+    why = f"{path} cannot be written ({getattr(error, 'strerror', None) or error})"
+    if is_of_disk(error):
+        return NoRoom(f"{why}: make room in {path.parent}, and the same command again goes on")
+    return InputError(f"{why}: allow that, or set results=FOLDER")
 
 
 def check_writable(folder: Path) -> None:
@@ -69,6 +88,7 @@ def check_writable(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(
-            f"nothing can be written to {folder} ({error.strerror or error}): set results=FOLDER"
-        ) from error
+        why = f"nothing can be written to {folder} ({error.strerror or error})"
+        if is_of_disk(error):
+            raise NoRoom(f"{why}: make room there, and the same command again goes on") from error
+        raise InputError(f"{why}: set results=FOLDER") from error

@@ -16,7 +16,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -26,7 +27,7 @@ from hydra.core.utils import configure_log
 from omegaconf import OmegaConf
 
 from runners.config.settings import Settings
-from runners.errors import InputError
+from runners.errors import InputError, NoRoom
 from runners.results.metrics import METRICS, Reason, Status
 from runners.results.progress import progress_words, read_progress, remove_progress
 from runners.results.run_folder import RunFolder
@@ -38,6 +39,11 @@ log = logging.getLogger(__name__)
 GRACE_SECONDS = 15.0  # for a process to write its metrics after SIGTERM; schedulers often send SIGKILL after 30
 START = "start"  # the stage of a process that has not written any progress
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+IGNORED = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR2,
+)  # SIGUSR2 tells a job of submitit that its time is nearly over
 OUT_OF_MEMORY = (
     "probably out of memory; try a smaller batch_size, fewer cells at a time (hydra.launcher.n_jobs), or more memory"
 )
@@ -116,27 +122,33 @@ def _start(
     answer, sender = context.Pipe(duplex=False)
     arguments = (settings, sender, environment, logs, torch.get_num_threads())
     process: BaseProcess = context.Process(target=_run_in_child, args=arguments, name=settings.run_name)
-    with _ignoring_ctrl_c():
+    with _ignoring_signals():
+        if START_METHOD == "forkserver":
+            forkserver.ensure_running()  # at once; but until it has imported all, which takes seconds, `start` waits
+        else:
+            process.start()
+    if START_METHOD == "forkserver":
         process.start()
     sender.close()  # the child now has the only writing end, so that reading ends with EOFError when it dies
     return process, answer
 
 
 @contextmanager
-def _ignoring_ctrl_c() -> Iterator[None]:
-    """Start processes that ignore Ctrl-C from their first moment, as they inherit it: the parent stops them, in order.
+def _ignoring_signals() -> Iterator[None]:
+    """Start processes that ignore signals from their first moment, as they inherit it: the parent stops them, in order.
 
-    The terminal sends Ctrl-C to all processes of the group. A child, or the fork server, that died of it at once would leave
-    no metrics.
+    The terminal sends Ctrl-C to all processes of the group, and a scheduler its signals to all processes of a job. A child,
+    or the fork server, that died of one at once would leave no metrics, or no exit code.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {name: signal.signal(name, signal.SIG_IGN) for name in IGNORED}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for name, handler in before.items():
+            signal.signal(name, signal.SIG_DFL if handler is None else handler)
 
 
 def _receive(answer: Connection) -> list[dict[str, Any]] | InputError | None:
@@ -155,6 +167,7 @@ def _run_in_child(
     signal.signal(signal.SIGTERM, _raise_interrupt)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    logging.raiseExceptions = False  # a log that cannot be written, as on a full disk, is not to fill the terminal
     if logs is not None:
         configure_log(OmegaConf.create(logs))
     try:
@@ -182,8 +195,14 @@ def _end_with_parent() -> None:
 
 def _stop(process: BaseProcess) -> None:
     """End the process: by SIGTERM, and by SIGKILL after the grace period or a second Ctrl-C."""
-    process.terminate()
-    _join_or_kill(process)
+    deadline = time.monotonic() + GRACE_SECONDS
+    try:
+        while process.is_alive() and time.monotonic() < deadline:
+            process.terminate()  # repeatedly: until it has its handler, the process ignores it
+            process.join(1.0)
+    finally:
+        process.kill()
+        process.join()
 
 
 def _join_or_kill(process: BaseProcess) -> None:
@@ -230,7 +249,8 @@ def record_dead_runs(cells: Sequence[Settings]) -> None:
     for cell in _with_references(cells):
         progress = read_progress(cell.folder)
         if progress is not None and RunFolder(cell.folder).metrics() is None:
-            _record_death(cell, progress, Reason.INTERRUPTED, INTERRUPTED)
+            with suppress(NoRoom):  # its progress stays, and tells the same
+                _record_death(cell, progress, Reason.INTERRUPTED, INTERRUPTED)
 
 
 def _with_references(cells: Sequence[Settings]) -> list[Settings]:

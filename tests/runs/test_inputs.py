@@ -208,7 +208,7 @@ def full_disk() -> Iterator[None]:
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     file = tmp_path / METRICS
     file.write_text("as it was")
-    message = r"metrics\.json cannot be written \(File too large\): make room there"
+    message = r"metrics\.json cannot be written \(File too large\): make room in "
     with pytest.raises(InputError, match=message), full_disk():
         write(file, "x" * 100_000)
     assert file.read_text() == "as it was"
