@@ -20,7 +20,7 @@ from runners.config.hydra_internals import launch, parse_arguments, run_here
 from runners.config.settings import Settings
 from runners.console import console
 from runners.errors import FAILED, INTERRUPTED, WRONG_INPUT, InputError
-from runners.results.metrics import OPEN, RELATIVE_ERROR, Status, bits_words
+from runners.results.metrics import OPEN, RELATIVE_ERROR, Reason, Status, bits_words
 from runners.results.studies import remember
 from runners.results.tables import cells_table, failure_text, next_steps, results_table
 from runners.run.experiment import run_experiment
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 ONLY_SHOW = ("hydra_help", "cfg", "info")  # Hydra's options that run nothing
 OTHER_CONFIGURATION = ("config_dir", "config_name", "config_path")  # that read another than conf/config.yaml
+SUBMITIT = "SUBMITIT_FOLDER"  # in the environment of a job that submitit has started
 SIGPIPE = 128 + 13  # the exit code of a process whose reader, such as `head`, has closed the pipe
 
 
@@ -41,6 +42,7 @@ def start(main: Callable[[], Any]) -> None:
     Args:
         main: Hydra's entry point, for options that only show something (`--help`, `--cfg`), and for other configurations.
     """
+    logging.raiseExceptions = False  # a log that cannot be written, as on a full disk, is not to fill the terminal
     try:
         _start(main)
     except InputError as error:
@@ -132,6 +134,9 @@ def _run_cell(settings: Settings, single: bool) -> float:
     except InputError as error:  # the run's folder cannot be read or written, so there is no row
         return _failed(str(error), single)
     row = rows[-1]
+    if row.get("reason") == Reason.INTERRUPTED and SUBMITIT in os.environ:
+        # Without a result: the command then finds out whether the job is over or will begin again, as after a preemption.
+        raise SystemExit(INTERRUPTED)
     if row["status"] in (Status.FAILED, Status.UNSUPPORTED):
         is_news = single or not row.get("skipped")
         return _failed(failure_text(row), single) if is_news else math.nan

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -32,8 +32,18 @@ def prepared(launcher: DictConfig) -> Iterator[None]:
     if "joblib" in target:
         method = {"_target_": "hydra.utils.get_method", "path": f"{__name__}.end_with_command"}
         OmegaConf.update(launcher, "initializer", method, force_add=True)
-    with _ray(launcher.ray.init) if target.endswith(".ray_launcher.RayLauncher") else nullcontext():
+    with _engine(target, launcher):
         yield
+
+
+def _engine(target: str, launcher: DictConfig) -> AbstractContextManager[None]:
+    if target.endswith(".ray_launcher.RayLauncher"):
+        return _ray(launcher.ray.init)
+    if "submitit" in target:
+        from runners.sweeps import slurm  # an extra
+
+        return slurm.slurm() if target.endswith(".SlurmLauncher") else slurm.ends_are_no_errors()
+    return nullcontext()
 
 
 @contextmanager
