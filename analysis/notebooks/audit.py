@@ -22,6 +22,7 @@
 # %%
 from typing import Any
 
+import pandas as pd
 from IPython.display import Image, Markdown, display
 
 from analysis.audit import compared, default_folder, error_correlations, read_audits, single_layers, whole_and_sum
@@ -154,3 +155,25 @@ Markdown(
     if len(ranked)
     else "The runs have not measured layer errors."
 )
+
+# %% [markdown]
+# ## One token
+#
+# `python -m runners.audit.first_token` quantizes one layer of the unquantized model and looks at its output at the first
+# position of the window. `token error` is the mean of ||(W - W_hat) x||^2 / ||W x||^2 over held-out tokens at that position,
+# and at all others; `kl first restored` is the KL with the layer's output at that position alone as it was.
+
+# %%
+first = folder.parent / "audit_first_token.csv"
+if first.is_file():
+    tokens = pd.read_csv(first)
+    columns = ["output_first", "output_rest", "token_error_first", "token_error_rest", "kl", "kl_first_restored"]
+    show(tokens[["block", "layer", "method", *columns]])
+    worst = tokens.loc[tokens["kl"].idxmax()]
+    said = f"{worst['method']} costs most in {worst['layer']} of block {worst['block']}: KL {worst['kl']:.3f}. Its error at "
+    said += f"the first position is {worst['token_error_first']:.1f} times the output there, at the others "
+    said += f"{worst['token_error_rest']:.3f} times. With that one output restored KL is {worst['kl_first_restored']:.4f}: "
+    said += f"{1 - worst['kl_first_restored'] / worst['kl']:.0%} of the damage comes from one token of the window."
+    display(Markdown(said))
+else:
+    display(Markdown(f"`{first.name}` is not there: `python -m runners.audit.first_token --help`."))
