@@ -1,9 +1,10 @@
 """Figures of layer errors, by layer and by sweep of coordinate descent.
 
-One row of panels per number of bits, one column per grid.
+One row of panels per number of bits, one column per grid, of those grids that have the most series.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from analysis.series import Row
 from runners.results.metrics import OWN_GRID, REFERENCE, bits_words
 
 ERROR = "‖(W − Ŵ)X‖² / ‖WX‖²"  # the relative error of a layer, as in the paper of QuantEase (arXiv 2309.01885)
+MOST_GRIDS = 4  # columns of panels: more could not be read
 MOST_TICKS = 16  # numbers of decoder blocks below a panel, so that they do not overlap
 
 
@@ -77,7 +79,9 @@ def sweep_errors(summary: list[Row], sweeps: pd.DataFrame, model: str) -> Figure
 def _draw_panels(rows: list[Row], draw: Callable[[Axes, Row, Look], None], xlabel: str, extra: list[Line2D]) -> Figure:
     """One panel per number of bits and grid, in which `draw` is called for every series."""
     bits = sorted({row["bits"] for row in rows}, reverse=True)
-    grids = list(dict.fromkeys(row["grid"] for row in sorted(rows, key=lambda row: row["rank"])))
+    counts = Counter(row["grid"] for row in sorted(rows, key=lambda row: row["rank"]))
+    most = {grid for grid, _ in counts.most_common(MOST_GRIDS)}
+    grids = [grid for grid in counts if grid in most]
     look = looks(rows)
     figure, axes = panels(len(bits), len(grids), width=3.9, height=2.4)
     for line, number in zip(axes, bits, strict=True):

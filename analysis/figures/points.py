@@ -9,6 +9,9 @@ from analysis.figures.style import HOLLOW, Look, is_hollow, legend_key
 from analysis.series import Row, all_keys
 from runners.results.metrics import PER_CHANNEL, REFERENCE, names, ppl
 
+MOST_NAMED = 3  # grids in one entry of a legend; more would be wider than the figure
+OTHERS = "groups, act-order, other tokens"
+
 
 class LeftOut(Exception):
     """The reason, in a sentence, why a study has no such figure."""
@@ -55,4 +58,5 @@ def fill_keys(rows: list[Row]) -> list[Line2D]:
     if not grids:
         return []
     filled = legend_key(PER_CHANNEL, marker="o", linestyle="none")
-    return [filled, legend_key(" or ".join(grids), marker="o", markerfacecolor=HOLLOW, linestyle="none")]
+    hollow = " or ".join(grids) if len(grids) <= MOST_NAMED else OTHERS
+    return [filled, legend_key(hollow, marker="o", markerfacecolor=HOLLOW, linestyle="none")]

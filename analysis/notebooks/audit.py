@@ -172,8 +172,9 @@ if first.is_file():
     worst = tokens.loc[tokens["kl"].idxmax()]
     said = f"{worst['method']} costs most in {worst['layer']} of block {worst['block']}: KL {worst['kl']:.3f}. Its error at "
     said += f"the first position is {worst['token_error_first']:.1f} times the output there, at the others "
-    said += f"{worst['token_error_rest']:.3f} times. With that one output restored KL is {worst['kl_first_restored']:.4f}: "
-    said += f"{1 - worst['kl_first_restored'] / worst['kl']:.0%} of the damage comes from one token of the window."
+    said += f"{worst['token_error_rest']:.3f} times. With that one output restored it is "
+    said += f"{worst['kl_first_restored']:.4f}: {1 - worst['kl_first_restored'] / worst['kl']:.0%} of the damage comes from "
+    said += "one token of the window."
     display(Markdown(said))
 else:
     display(Markdown(f"`{first.name}` is not there: `python -m runners.audit.first_token --help`."))

