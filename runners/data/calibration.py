@@ -122,6 +122,13 @@ class _Draw:
         """The numbers of the documents that the windows are from."""
         return {row for row, _ in self.places}
 
+    @property
+    def without_repeats(self) -> "_Draw":
+        """Every place once: a window that is held out twice tells nothing more."""
+        first = dict(zip(reversed(self.places), reversed(self.windows), strict=True))
+        places = list(dict.fromkeys(self.places))
+        return _Draw([first[place] for place in places], places)
+
     def distinct(self, length: int) -> int:
         """How many places of the text the windows cover."""
         covered = 0
@@ -164,6 +171,7 @@ def draw_sequences(
     own = length - (bos == WINDOW)  # tokens of the text in a sequence
     by_document = calibration.sampling == "documents"
     used, held_out = (_from_documents if by_document else _from_all)(rows, calibration, encoder, own, generator)
+    held_out = held_out.without_repeats
     tensors = [torch.stack(draw.windows) if draw.windows else None for draw in (used, held_out)]
     first, second = (with_bos(t, tokenizer) if t is not None and bos == WINDOW else t for t in tensors)
     assert first is not None, "num_sequences is at least 1"

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from runners.config.command_line import check
 from runners.data.calibration import Calibration, draw_sequences
-from runners.data.datasets import HubDataset, StandardLibrary
+from runners.data.datasets import Dataset, HubDataset, StandardLibrary
 from runners.data.stdlib import SHARES, Part, documents, part_of
 from runners.data.token_ids import ids_hash
 from runners.data.windows import Text, cut_windows
@@ -197,6 +197,17 @@ def test_distinct_tokens_are_places_of_the_text(
     assert drawn.distinct_tokens == len(covered)
 
 
+def test_no_window_is_held_out_twice(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """One document is left for 300 windows, and has fewer places than that; no word occurs twice in it."""
+    rows = [{"text": " ".join(f"{number * 100 + word}" for word in range(60))} for number in range(4)]
+    write_rows(tmp_path / "c4" / "train.jsonl", rows)
+    calibration = Calibration("c4", C4_TRAIN, "documents", num_sequences=3, held_out=300)
+    drawn = draw_sequences(calibration, tokenizer, 32, 0, str(tmp_path))
+    assert drawn.held_out is not None
+    assert len(drawn.held_out) == len(drawn.held_out.unique(dim=0)) < 300
+    assert f"{len(drawn.held_out)} of 300 sequences are held out" in drawn.notes[-1]
+
+
 def test_a_run_goes_on_without_held_out_sequences(toy_settings: ToySettings) -> None:
     run = run_cell(toy_settings("method=gptq", "calibration.num_sequences=20"))
     assert run["status"] == "done"
@@ -208,16 +219,21 @@ def test_a_run_goes_on_without_held_out_sequences(toy_settings: ToySettings) -> 
     assert "layers/mean_token_error" not in run
 
 
+def part_read(dataset: Dataset) -> tuple[str, str]:
+    """The part of a data set that is read: of the hub's a split, of the standard library its own."""
+    if isinstance(dataset, HubDataset):
+        return dataset.folder, dataset.split
+    assert isinstance(dataset, StandardLibrary)
+    return "stdlib", dataset.part
+
+
 def test_no_calibration_is_drawn_from_what_is_evaluated() -> None:
     evaluated, calibrated = set(), set()
     for name in ("wikitext2", "c4", "ptb", "stdlib"):
-        for text in check([f"evaluation={name}"], multirun=False)[0].run.evaluation.texts.values():
-            evaluated.add(
-                (text.dataset.folder, text.dataset.split) if isinstance(text.dataset, HubDataset) else text.dataset.part
-            )
+        texts = check([f"evaluation={name}"], multirun=False)[0].run.evaluation.texts
+        evaluated |= {part_read(text.dataset) for text in texts.values()}
     for name in ("wikitext2", "c4", "stdlib"):
-        dataset = check([f"calibration={name}"], multirun=False)[0].run.calibration.dataset
-        calibrated.add((dataset.folder, dataset.split) if isinstance(dataset, HubDataset) else dataset.part)
+        calibrated.add(part_read(check([f"calibration={name}"], multirun=False)[0].run.calibration.dataset))
     assert not evaluated & calibrated
 
 
