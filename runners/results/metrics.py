@@ -59,6 +59,7 @@ QUANTIZE_MEMORY = "quantize/peak_memory_gb"
 EVALUATE_SECONDS = "evaluate/seconds"
 EVALUATE_MEMORY = "evaluate/peak_memory_gb"
 ZERO_SHOT_SECONDS = "zero_shot/seconds"
+ZERO_SHOT_MEMORY = "zero_shot/peak_memory_gb"  # absent from older results
 ZERO_SHOT_BATCH_SIZE = (
     "zero_shot/batch_size"  # sequences of full length at once: it decides the order of sums, so near ties
 )
@@ -178,6 +179,12 @@ def zero_shot_parts(key: Any) -> tuple[str, str] | None:
     """Task and metric of a key made by `zero_shot`; None for any other key."""
     parts = key.split("/") if isinstance(key, str) else []
     return (parts[1], parts[2]) if len(parts) == 3 and parts[0] == "zero_shot" else None
+
+
+def peak_memory_gb(metrics: Mapping[str, Any]) -> float | None:
+    """The largest memory that any stage of a run has taken, in GB of 10^9 bytes; None where none was measured."""
+    stages = (_present(metrics.get(key)) for key in (QUANTIZE_MEMORY, EVALUATE_MEMORY, ZERO_SHOT_MEMORY))
+    return max((float(peak) for peak in stages if peak is not None), default=None)
 
 
 OWN_GRID = "its own"

@@ -125,8 +125,8 @@ def _setting(run: Run) -> str:
 
 
 def _memory(run: Run) -> str:
-    """The peak of the stage that matters: of the unquantized model there is only the evaluation."""
-    peak = run.get(metrics.EVALUATE_MEMORY if run["method"] == REFERENCE else metrics.QUANTIZE_MEMORY)
+    """What a machine must have to do the whole run: evaluation may take more than quantization, and the other way round."""
+    peak = metrics.peak_memory_gb(run)
     return "" if peak is None else f"{peak:.2f} GB"
 
 

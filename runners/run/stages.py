@@ -167,8 +167,8 @@ class Stages:
                 result = measure_tasks(model, self.inputs.tokenizer, tasks, limit=limit, **options)
         except Exception as error:  # whatever it is, the perplexities are measured and must be stored
             result = skip_tasks(tasks, error)
-        facts = {metrics.ZERO_SHOT_SECONDS: meter.seconds, metrics.ZERO_SHOT_BATCH_SIZE: self.inputs.batch_size}
-        return result | skipped | facts
+        facts = {metrics.ZERO_SHOT_SECONDS: meter.seconds, metrics.ZERO_SHOT_MEMORY: meter.peak_memory_gb}
+        return result | skipped | facts | {metrics.ZERO_SHOT_BATCH_SIZE: self.inputs.batch_size}
 
     def resources(self) -> Metrics:
         """Hits and misses of the cache, and what was done when memory ran out."""

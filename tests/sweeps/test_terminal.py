@@ -1,0 +1,40 @@
+"""The tables that a run and a sweep print at their end."""
+
+from typing import Any
+
+import pytest
+
+from runners.console import console
+from runners.results.tables import results_table
+from runners.run.experiment import run_experiment
+from tests.conftest import ToySettings
+
+LABELS = {"status": "done", "model": "toy", "parameters": 1, "layers/mean_relative_error": 0.1}
+REFERENCE = LABELS | {"method": "fp16", "bits_per_weight": 16.0}
+ROUNDED = LABELS | {"method": "rtn", "bits": 3, "bits_per_weight": 3.5, "setting": ""}
+
+
+def printed(*rows: dict[str, Any]) -> list[str]:
+    """The lines of the table that have text, from its heading on."""
+    with console.capture() as captured:
+        console.print(results_table(rows))
+    return [line.strip() for line in captured.get().splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("method", [REFERENCE, ROUNDED], ids=["fp16", "rtn"])
+@pytest.mark.parametrize("largest", ["quantize", "evaluate", "zero_shot"])
+def test_memory_is_the_largest_peak_of_all_stages(method: dict[str, Any], largest: str) -> None:
+    stages = {f"{stage}/peak_memory_gb": 1.25 for stage in ("quantize", "evaluate", "zero_shot")}
+    (row,) = [line for line in printed(method | stages | {f"{largest}/peak_memory_gb": 7.5}) if method["method"] in line]
+    assert row.endswith("7.50 GB")
+
+
+def test_memory_of_results_that_lack_a_stage() -> None:
+    assert printed(ROUNDED | {"evaluate/peak_memory_gb": 2.0})[-2].endswith("2.00 GB")
+    assert "GB" not in "\n".join(printed(ROUNDED))
+
+
+def test_every_stage_of_a_run_records_its_memory(toy_settings: ToySettings) -> None:
+    (_, row) = run_experiment(toy_settings("method=rtn", "evaluation=full", "evaluation.limit=2"))
+    for stage in ("quantize", "evaluate", "zero_shot"):
+        assert row[f"{stage}/peak_memory_gb"] > 0
