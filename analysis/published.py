@@ -8,7 +8,7 @@ import pandas as pd
 
 from analysis.series import Row
 from runners.project import ROOT
-from runners.results.metrics import OUTLIER_RATIO, group_words, protocol
+from runners.results.metrics import OUTLIER_RATIO, group_words, method_words, protocol
 
 PUBLISHED = ROOT / "results" / "published"
 COLUMNS = ["source", "where", "model", "method", "bits", "group_size", OUTLIER_RATIO]
@@ -37,7 +37,7 @@ def published_numbers(folder: Path = PUBLISHED) -> list[Row]:
 
 def comparable(numbers: list[Row], row: Row, text: str) -> list[Row]:
     """The published numbers of the same model, method, bits, grid, share of outliers, text and protocol as a series."""
-    if row["label"] != row["method"]:
+    if row["label"] != method_words(row):
         return []  # settings other than the method's own set this series apart
     asked = {"model": row["model"], "method": row["method"], "text": text, "protocol": row.get(protocol(text))}
     alike = [number for number in numbers if all(number[name] == value for name, value in asked.items())]

@@ -18,6 +18,7 @@ from runners.results.metrics import (
     TOKEN_ERROR,
     Status,
     grid_words,
+    method_words,
     protocol,
     status_counts,
     warning,
@@ -53,7 +54,8 @@ def summarize(frame: pd.DataFrame) -> list[Row]:
     A row holds
 
     - `series`, `model`, `family`, `parameters`, `method`, and the first run's other labels that are words;
-    - `label`: the method's name, and the settings that set it apart from another series of the same table entry;
+    - `label`: the method's name (of full precision the dtype's), and the settings that set it apart from another series of
+      the same table entry;
     - `bits` (None for full precision), `group_size`, `grid` (in words);
     - `seeds` (how many), `folders` (of its runs), `places` (the same, from the report), `damping_raised`, `rank` (its
       order among those of its model);
@@ -97,7 +99,7 @@ def _row(runs: pd.DataFrame, sizes: dict[str, float]) -> Row:
         **{name: value for name, value in first.items() if isinstance(value, str | bool)},
         "family": re.sub(r"-?\d+(\.\d+)?[mb]\d*$", "", model),  # opt-1.3b: opt; llama-2-7b: llama-2; bloom-1b7: bloom
         "parameters": sizes.get(model, math.nan),
-        "label": method,
+        "label": method_words(first),
         "bits": None if method == REFERENCE else int(first["bits"]),
         "group_size": first.get("group_size"),
         "grid": grid_words(first),
@@ -136,7 +138,7 @@ def _tell_apart(rows: list[Row]) -> None:
     """Label series that would share an entry of a table by the settings in which they differ: `quantease sweeps=10`."""
     entries: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        entries.setdefault((row["model"], row["method"], row["bits"], row["grid"]), []).append(row)
+        entries.setdefault((row["model"], row["label"], row["bits"], row["grid"]), []).append(row)
     for sharing in entries.values():
         if len(sharing) > 1:
             settings = [_settings(Path(row["folders"][0])) for row in sharing]
@@ -145,7 +147,7 @@ def _tell_apart(rows: list[Row]) -> None:
             for row, entry in zip(sharing, settings, strict=True):
                 words = [f"{name.split('.')[-1]}={entry[name]}" for name in unlike if name in entry]
                 # Where no setting tells them apart (a config.yaml is missing), the digest of the series does.
-                row["label"] = f"{row['method']} {', '.join(words) or '[' + str(row['series']) + ']'}"
+                row["label"] = f"{row['label']} {', '.join(words) or '[' + str(row['series']) + ']'}"
 
 
 def _settings(folder: Path) -> dict[str, str]:

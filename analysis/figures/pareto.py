@@ -31,7 +31,8 @@ def pareto(summary: list[Row], model: str) -> Figure:
         whole.set_title(f"{model}: {text} (protocol {protocol_of(rows, text)})")
         log_axis(whole, "y")
         _limit_to_close(close, rows, ppl(text))
-    lines = [legend_key("best at its bits or fewer", color=GRAY), legend_key(REFERENCE, color="black", linestyle="--")]
+    full = next((row["label"] for row in rows if row["method"] == REFERENCE), REFERENCE)
+    lines = [legend_key("best at its bits or fewer", color=GRAY), legend_key(full, color="black", linestyle="--")]
     legend(figure, look, [*lines, *fill_keys(shown)])
     return figure
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
 from analysis.series import METHOD_ORDER, Row
-from runners.results.metrics import PER_CHANNEL, REFERENCE
+from runners.results.metrics import PER_CHANNEL, REFERENCE, REFERENCE_WORDS
 
 DPI = 160  # sharp on a screen of double density at the width that the page shows, and in a column of print
 HOLLOW = "white"
@@ -60,10 +60,10 @@ def looks(rows: list[Row]) -> Look:
     free = count()
     labels = dict.fromkeys(row["label"] for row in sorted(rows, key=lambda row: row["rank"]))
     # Known methods first whatever the rank of their first row, so that the legends of all figures have one order.
-    ordered = sorted(
-        labels, key=lambda label: METHOD_ORDER.index(label) if label in METHOD_ORDER else len(METHOD_ORDER)
-    )
-    return {label: METHODS.get(label) or OTHERS[next(free) % len(OTHERS)] for label in ordered}
+    known = {label: REFERENCE if label in REFERENCE_WORDS else label for label in labels}
+    order = {name: place for place, name in enumerate(METHOD_ORDER)}
+    ordered = sorted(labels, key=lambda label: order.get(known[label], len(order)))
+    return {label: METHODS.get(known[label]) or OTHERS[next(free) % len(OTHERS)] for label in ordered}
 
 
 def is_hollow(grid: str) -> bool:
@@ -82,7 +82,7 @@ def panels(rows: int, columns: int, width: float = 3.6, height: float = 2.9) -> 
 def legend(figure: Figure, look: Look, extra: list[Line2D]) -> None:
     """One legend for all panels, to their right, where it covers no data."""
     handles = [
-        legend_key(label, color=color, marker=marker, linestyle="--" if label == REFERENCE else "-")
+        legend_key(label, color=color, marker=marker, linestyle="--" if label in REFERENCE_WORDS else "-")
         for label, (color, marker) in look.items()
     ]
     figure.legend(handles=[*handles, *extra], loc="outside right upper", fontsize=8)

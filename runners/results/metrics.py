@@ -80,6 +80,7 @@ CACHE_MISSES = "cache/misses"
 MEMORY_STEPS = "memory/steps"
 MODEL_NOTE = "model_note"  # what must be said with every number of the model; absent where there is nothing
 CALIBRATION_NOTE = "calibration_note"  # what must be said of texts that were calibrated on; absent where there are none
+MODEL_DTYPE = "model_dtype"  # of the weights before quantization, as torch names it; absent from older results
 MODEL_PATH = "model_path"  # the fingerprint of the model's files, or its name on the hub
 
 
@@ -179,6 +180,17 @@ def zero_shot_parts(key: Any) -> tuple[str, str] | None:
     """Task and metric of a key made by `zero_shot`; None for any other key."""
     parts = key.split("/") if isinstance(key, str) else []
     return (parts[1], parts[2]) if len(parts) == 3 and parts[0] == "zero_shot" else None
+
+
+_SHORT_DTYPES = {"float16": REFERENCE, "bfloat16": "bf16", "float32": "fp32"}
+REFERENCE_WORDS = frozenset(_SHORT_DTYPES.values())  # all that tables call the unquantized model
+
+
+def method_words(metrics: Mapping[str, Any]) -> str:
+    """The method of a run as tables name it: the unquantized model by its dtype, `bf16`; `fp16` where that is unknown."""
+    if metrics["method"] != REFERENCE:
+        return metrics["method"]
+    return _SHORT_DTYPES.get(str(metrics.get(MODEL_DTYPE)), REFERENCE)
 
 
 def peak_memory_gb(metrics: Mapping[str, Any]) -> float | None:
@@ -289,6 +301,7 @@ _TEXTS = (
     "grid_range",
     "stage",
     "error",
+    MODEL_DTYPE,
     MODEL_PATH,
 )
 _TRUTHS = ("symmetric", "act_order")

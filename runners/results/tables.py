@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from runners.results import metrics
-from runners.results.metrics import OWN_GRID, PER_CHANNEL, REFERENCE, Status, grid_words, status_counts
+from runners.results.metrics import OWN_GRID, PER_CHANNEL, REFERENCE, Status, grid_words, method_words, status_counts
 
 Run = Mapping[str, Any]  # the metrics of a run; of a cell that has not ended, its labels, status and error
 
@@ -112,7 +112,7 @@ def _accuracy(task: str) -> Column:
 
 
 def _method(run: Run) -> str:
-    return f"{run['method']} {RAISED_DAMPING}" if _damping_was_raised(run) else run["method"]
+    return method_words(run) + f" {RAISED_DAMPING}" * _damping_was_raised(run)
 
 
 def _bits(run: Run) -> str:

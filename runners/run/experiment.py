@@ -17,6 +17,7 @@ from runners.results.metrics import (
     CALIBRATION_INPUTS,
     CALIBRATION_NOTE,
     METRICS,
+    MODEL_DTYPE,
     MODEL_NOTE,
     MODEL_PATH,
     TOKEN_WEIGHTS,
@@ -161,9 +162,7 @@ def _measure(settings: Settings, folder: RunFolder, progress: Progress, tracker:
         if settings.run.warnings == "error":  # after the record is kept: it is the one to look at
             refuse_warnings(record)
 
-    metrics: dict[str, Any] = {"status": Status.DONE.value, "parameters": inputs.checkpoint.parameters}
-    metrics |= {MODEL_NOTE: note} if (note := inputs.checkpoint.note) else {}
-    metrics |= _calibration_note(settings)
+    metrics: dict[str, Any] = {"status": Status.DONE.value} | _model_facts(stages) | _calibration_note(settings)
     try:
         metrics |= stages.quantize(on_layer)
     finally:
@@ -178,6 +177,14 @@ def _measure(settings: Settings, folder: RunFolder, progress: Progress, tracker:
     folder.write_windows(windows)
     progress.stage = "zero-shot"
     return metrics | evaluated | stages.zero_shot() | stages.resources()
+
+
+def _model_facts(stages: Stages) -> dict[str, Any]:
+    """What the model is: its size, the dtype of its weights, and what must be said of it."""
+    checkpoint = stages.inputs.checkpoint
+    dtype = str(stages.source.model.dtype).removeprefix("torch.")
+    note = {MODEL_NOTE: checkpoint.note} if checkpoint.note else {}
+    return {"parameters": checkpoint.parameters, MODEL_DTYPE: dtype} | note
 
 
 def _calibration_note(settings: Settings) -> dict[str, str]:

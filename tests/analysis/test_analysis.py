@@ -10,6 +10,8 @@ import pytest
 
 from analysis.__main__ import main
 from analysis.collect import collect
+from analysis.figures.style import METHODS, looks
+from analysis.series import summarize
 from analysis.tables.comparison import comparison, markdown
 from runners.config.command_line import check
 from tests.conftest import PROJECT
@@ -51,6 +53,23 @@ def test_full_precision_comes_first_and_failures_are_left_out(tmp_path: Path) ->
     ]
     assert table["a"].tolist() == ["10.00", "10.00", "12.25", "10.00"]
     assert markdown(table).splitlines()[0].startswith("| model")
+
+
+def test_full_precision_has_the_name_of_its_dtype(tmp_path: Path) -> None:
+    put(tmp_path, "a", **run("rtn", 3))
+    put(tmp_path, "b", **run("fp16", ppl=9.0, series="1", model_dtype="bfloat16"))
+    put(tmp_path, "c", **run("fp16", ppl=8.0, series="2", model_dtype="float32"))
+    frame = collect(tmp_path)
+    table = comparison(frame)
+    assert list(zip(table["method"], table["bits"], table["a"], strict=True)) == [
+        ("bf16", "", "9.00"),
+        ("fp32", "", "8.00"),
+        ("rtn", "3", "10.00"),
+    ]
+    summary = summarize(frame)
+    look = looks(summary)
+    assert look["bf16"] == look["fp32"] == METHODS["fp16"]
+    assert {row["method"] for row in summary} == {"fp16", "rtn"}
 
 
 @pytest.mark.parametrize(("key", "word"), [("protocol/a", "protocols"), ("sha256/a", "texts")])

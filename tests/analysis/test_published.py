@@ -80,6 +80,8 @@ def numbers(row: dict[str, Any], text: str = "wikitext2") -> list[str]:
 def test_a_number_is_compared_with_the_same_method_model_grid_and_protocol_only() -> None:
     assert numbers(ours()) == ["20.97"]
     assert numbers(ours(method="fp16", label="fp16", bits=None, grid="")) == ["14.63", "14.62"]
+    bf16 = {"method": "fp16", "label": "bf16", "model_dtype": "bfloat16", "bits": None, "grid": ""}
+    assert numbers(ours(**bf16)) == ["14.63", "14.62"]
     structured = {"method": "quantease_structured", "label": "quantease_structured"}
     assert numbers(ours(**structured, outlier_ratio=20 / 2048)) == ["18.51"]
     for change in (

@@ -25,13 +25,29 @@ def printed(*rows: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize("largest", ["quantize", "evaluate", "zero_shot"])
 def test_memory_is_the_largest_peak_of_all_stages(method: dict[str, Any], largest: str) -> None:
     stages = {f"{stage}/peak_memory_gb": 1.25 for stage in ("quantize", "evaluate", "zero_shot")}
-    (row,) = [line for line in printed(method | stages | {f"{largest}/peak_memory_gb": 7.5}) if method["method"] in line]
+    (row,) = [
+        line for line in printed(method | stages | {f"{largest}/peak_memory_gb": 7.5}) if method["method"] in line
+    ]
     assert row.endswith("7.50 GB")
 
 
 def test_memory_of_results_that_lack_a_stage() -> None:
     assert printed(ROUNDED | {"evaluate/peak_memory_gb": 2.0})[-2].endswith("2.00 GB")
     assert "GB" not in "\n".join(printed(ROUNDED))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [("bfloat16", "bf16"), ("float32", "fp32"), ("float16", "fp16"), (None, "fp16")]
+)
+def test_full_precision_has_the_name_of_its_dtype(dtype: str | None, name: str) -> None:
+    row = printed(REFERENCE | ({} if dtype is None else {"model_dtype": dtype}))[-2]
+    assert row.split()[0] == name
+
+
+@pytest.mark.parametrize(("override", "dtype"), [("model.dtype=null", "float32"), ("model.dtype=bfloat16", "bfloat16")])
+def test_a_run_records_the_dtype_of_its_model(override: str, dtype: str, toy_settings: ToySettings) -> None:
+    rows = run_experiment(toy_settings("method=rtn", override))
+    assert [(row["method"], row["model_dtype"]) for row in rows] == [("fp16", dtype), ("rtn", dtype)]
 
 
 def test_every_stage_of_a_run_records_its_memory(toy_settings: ToySettings) -> None:
