@@ -175,9 +175,10 @@ def _summarize(cells: list[Settings], left_alone: int) -> None:
     """Print the table of a sweep, one row per run; exit with 1 if any has failed or has not ended."""
     asked = {settings.folder for settings in cells}
     needed = [settings.reference() for settings in cells if settings.run.quantizes]
-    rows = describe_cells(cells)
-    console.print(results_table(rows))
-    others = describe_cells([reference for reference in needed if reference.folder not in asked])
+    references = {reference.folder: reference for reference in needed if reference.folder not in asked}
+    described = describe_cells([*references.values(), *cells])  # at once, so that models of one name are told apart
+    others, rows = described[: len(references)], described[len(references) :]
+    console.print(results_table([*(row for row in others if row["status"] == Status.DONE), *rows]))
     rows += [row for row in others if row["status"] in (Status.FAILED, Status.UNFINISHED, Status.INTERRUPTED)]
     failed = [row for row in rows if row["status"] == Status.FAILED]
     unfinished = [row for row in rows if row["status"] in OPEN]

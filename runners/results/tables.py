@@ -28,7 +28,12 @@ class Column:
 
 
 def results_table(runs: Sequence[Run]) -> Group:
-    """One row per run, and below the table what holds for all of them. Columns that would say the same are left out."""
+    """One row per run, and below the table what holds for all of them. Columns that would say the same are left out.
+
+    The runs of a model are together, full precision first; else they stay in their order.
+    """
+    models = list(dict.fromkeys(run["model"] for run in runs))
+    runs = sorted(runs, key=lambda run: (models.index(run["model"]), run["method"] != REFERENCE))
     columns = _columns(runs)
     table = Table(box=box.SIMPLE_HEAD, header_style="bold")
     for column in columns:

@@ -4,7 +4,10 @@ from typing import Any
 
 import pytest
 
+from runners import cli
 from runners.console import console
+from runners.results.metrics import METRICS
+from runners.results.run_folder import RunFolder
 from runners.results.tables import results_table
 from runners.run.experiment import run_experiment
 from tests.conftest import ToySettings
@@ -48,6 +51,23 @@ def test_full_precision_has_the_name_of_its_dtype(dtype: str | None, name: str) 
 def test_a_run_records_the_dtype_of_its_model(override: str, dtype: str, toy_settings: ToySettings) -> None:
     rows = run_experiment(toy_settings("method=rtn", override))
     assert [(row["method"], row["model_dtype"]) for row in rows] == [("fp16", dtype), ("rtn", dtype)]
+
+
+def test_full_precision_comes_first_in_each_model() -> None:
+    runs = [ROUNDED, ROUNDED | {"model": "other"}, REFERENCE, REFERENCE | {"model": "other"}]
+    rows = [line.split()[:2] for line in printed(*runs) if line.split()[0] in ("toy", "other")]
+    assert rows == [["toy", "fp16"], ["toy", "rtn"], ["other", "fp16"], ["other", "rtn"]]
+
+
+def test_the_table_of_a_sweep_has_the_reference_that_nobody_asked_for(
+    toy_settings: ToySettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [toy_settings("method=rtn", f"bits={bits}") for bits in (3, 4)]
+    for cell, labels in [(cells[0].reference(), REFERENCE), *((cell, ROUNDED) for cell in cells)]:
+        RunFolder(cell.folder).write_json(METRICS, {name: labels[name] for name in labels if name != "setting"})
+    cli._summarize(cells, 0)
+    methods = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert [name for name in methods if name in ("fp16", "rtn")] == ["fp16", "rtn", "rtn"]
 
 
 def test_every_stage_of_a_run_records_its_memory(toy_settings: ToySettings) -> None:
