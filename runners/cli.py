@@ -4,9 +4,10 @@ import logging
 import math
 import os
 import re
+import shlex
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from runners.console import console
 from runners.errors import FAILED, INTERRUPTED, WRONG_INPUT, InputError
 from runners.results.metrics import OPEN, RELATIVE_ERROR, Reason, Status, bits_words
 from runners.results.studies import remember
-from runners.results.tables import cells_table, failure_text, next_steps, results_table
+from runners.results.tables import cells_table, command_text, failure_text, next_steps, results_table
 from runners.run.experiment import run_experiment
 from runners.sweeps.cells import describe_cells, read_status, register_cells
 from runners.sweeps.engines import prepared
@@ -85,7 +86,7 @@ def _run(command: CommandLine, multirun: bool) -> None:
     if multirun:
         _run_sweep(command)
     else:
-        run_here(command.composed, lambda _: _run_cell(command.cells[0], single=True))
+        run_here(command.composed, lambda _: _run_cell(command.cells[0], single=True, words=command.words))
 
 
 def job(cfg: DictConfig) -> float:
@@ -124,11 +125,15 @@ def _run_sweep(command: CommandLine) -> None:
             launch(command.composed, job)
     finally:
         record_dead_runs(cells)
-    _summarize(cells, failed_before)
+    _summarize(cells, failed_before, command.words)
 
 
-def _run_cell(settings: Settings, single: bool) -> float:
-    """Run one cell. In a sweep it has a process of its own; where it fails, NaN is returned and the other cells run."""
+def _run_cell(settings: Settings, single: bool, words: Sequence[str] = ()) -> float:
+    """Run one cell. In a sweep it has a process of its own; where it fails, NaN is returned and the other cells run.
+
+    Args:
+        words: of a single run, the settings as they were typed.
+    """
     try:
         rows = _rows(settings, single)
     except InputError as error:  # the run's folder cannot be read or written, so there is no row
@@ -145,7 +150,7 @@ def _run_cell(settings: Settings, single: bool) -> float:
         return math.nan
     if single:
         console.print(results_table(rows))
-        console.print(next_steps(row), highlight=False, soft_wrap=True)
+        console.print(next_steps(row, words), highlight=False, soft_wrap=True)
     return row[RELATIVE_ERROR]
 
 
@@ -171,8 +176,8 @@ def _logs() -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True))
 
 
-def _summarize(cells: list[Settings], left_alone: int) -> None:
-    """Print the table of a sweep, one row per run; exit with 1 if any has failed or has not ended."""
+def _summarize(cells: list[Settings], left_alone: int, words: Sequence[str]) -> None:
+    """Print the table of a sweep, one row per run, and what to do next; exit with 1 if any has failed or has not ended."""
     asked = {settings.folder for settings in cells}
     needed = [settings.reference() for settings in cells if settings.run.quantizes]
     references = {reference.folder: reference for reference in needed if reference.folder not in asked}
@@ -193,5 +198,11 @@ def _summarize(cells: list[Settings], left_alone: int) -> None:
         console.print(
             f"{len(unfinished)} of {len(rows)} cells have not ended: the same command again goes on with them"
         )
+    studies = sorted({cell.study_folder for cell in cells})
+    analysis = [f"python -m analysis {shlex.quote(str(folder))}" for folder in studies]
+    again = (
+        [command_text(words, *["retry_failed=true"] * bool(failed), sweep=True)] if failed or unfinished else analysis
+    )
+    console.print("\nnext      " + "\n          ".join(again), highlight=False, soft_wrap=True)
     if failed or unfinished:
         raise SystemExit(FAILED)

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -30,10 +30,12 @@ class CommandLine:
     Attributes:
         cells: the settings of every cell, one where nothing is swept.
         composed: the configuration of the one cell, or what the cells of a sweep share, with Hydra's own part.
+        words: the settings as they were typed.
     """
 
     cells: list[Settings]
     composed: DictConfig
+    words: tuple[str, ...] = ()
 
 
 def check(overrides: Sequence[str], multirun: bool) -> list[Settings]:
@@ -62,7 +64,7 @@ def read(lines: Sequence[str], multirun: bool) -> CommandLine:
     command = _read_sweep(parsed, ours, hydras) if multirun else _read_single(parsed, ours)
     for folder in {cell.study_folder for cell in command.cells if not cell.execution.dry_run}:
         check_writable(folder)
-    return command
+    return replace(command, words=tuple(lines))
 
 
 def check_names(lines: Sequence[str], multirun: bool) -> None:

@@ -1,5 +1,7 @@
 """The output of a run or a sweep at its end: tables, failures, and where to look next."""
 
+import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -68,16 +70,36 @@ def failure_text(run: Run) -> str:
     return f"{what}\n(recorded in {run['folder']}/{metrics.METRICS})"
 
 
-def next_steps(run: Run) -> str:
-    """Where the results of a run are, and what to try next."""
-    tracked = f"\ntracked   {run['tracker']}" if run["tracker"] else ""
-    return f"""
-results   {run["folder"]}{tracked}
+def next_steps(run: Run, words: Sequence[str]) -> str:
+    """Where the results of a run are, and what to try next.
 
-next      python run.py -m method=rtn,gptq,quantease bits=2,3,4
-          python run.py method=gptq_quantease group_size=64
-          python run.py model=opt-125m            (needs the model hub)
-          python run.py --help"""
+    Args:
+        words: the settings that the run was asked for, as they were typed: the next command has them, too.
+    """
+    tracked = f"\ntracked   {run['tracker']}" if run["tracker"] else ""
+    hub = [] if _sets(words, "model") else ["python run.py model=opt-125m            (needs the model hub)"]
+    steps = [
+        command_text(words, "method=rtn,gptq,quantease", "bits=2,3,4", sweep=True),
+        command_text(words, "method=gptq_quantease", "group_size=64"),
+        *hub,
+        "python run.py --help",
+    ]
+    return f"\nresults   {run['folder']}{tracked}\n\nnext      " + "\n          ".join(steps)
+
+
+def command_text(words: Sequence[str], *changes: str, sweep: bool = False) -> str:
+    """A command line for the shell: the settings that were typed, but for those that change.
+
+    Left out are a group's settings where another option of it is chosen, and `force`, which would repeat what is done.
+    """
+    changed = [change.partition("=")[0] for change in changes]
+    kept = [word for word in words if not any(_sets([word], name) for name in (*changed, "force"))]
+    return " ".join(["python run.py", *(["-m"] if sweep else []), *changes, *map(shlex.quote, kept)])
+
+
+def _sets(words: Sequence[str], name: str) -> bool:
+    """Whether any of the words is a setting of that name, or one within a group of that name."""
+    return any(re.match(rf"\+*{re.escape(name)}[.=]", word) for word in words)
 
 
 def _columns(runs: Sequence[Run]) -> list[Column]:

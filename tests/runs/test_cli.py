@@ -265,7 +265,7 @@ def test_help_is_a_page_for_newcomers() -> None:
 def test_experiments_are_swept_with_or_without_a_plus(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cells: list[Settings] = []
     monkeypatch.setattr(cli, "register_cells", lambda _: None)
-    monkeypatch.setattr(cli, "_summarize", lambda found, _: cells.extend(found))
+    monkeypatch.setattr(cli, "_summarize", lambda found, *_: cells.extend(found))
     monkeypatch.setattr(cli, "launch", lambda _cfg, _job: None)
     monkeypatch.setattr(sys, "argv", ["run.py", "-m", name])
     cli.start(lambda: pytest.fail("Hydra's main is not for runs"))

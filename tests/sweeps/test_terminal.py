@@ -1,14 +1,16 @@
 """The tables that a run and a sweep print at their end."""
 
+import shlex
 from typing import Any
 
 import pytest
 
 from runners import cli
+from runners.config.command_line import check
 from runners.console import console
 from runners.results.metrics import METRICS
 from runners.results.run_folder import RunFolder
-from runners.results.tables import results_table
+from runners.results.tables import next_steps, results_table
 from runners.run.experiment import run_experiment
 from tests.conftest import ToySettings
 
@@ -65,9 +67,41 @@ def test_the_table_of_a_sweep_has_the_reference_that_nobody_asked_for(
     cells = [toy_settings("method=rtn", f"bits={bits}") for bits in (3, 4)]
     for cell, labels in [(cells[0].reference(), REFERENCE), *((cell, ROUNDED) for cell in cells)]:
         RunFolder(cell.folder).write_json(METRICS, {name: labels[name] for name in labels if name != "setting"})
-    cli._summarize(cells, 0)
-    methods = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    cli._summarize(cells, 0, ["method=rtn", "bits=3,4"])
+    output = capsys.readouterr().out
+    assert output.replace("\n", "").endswith(f"next      python -m analysis {cells[0].study_folder}")
+    methods = [line.split()[0] for line in output.splitlines() if line.strip()]
     assert [name for name in methods if name in ("fp16", "rtn")] == ["fp16", "rtn", "rtn"]
+
+
+def test_a_sweep_that_has_not_ended_says_its_whole_command(
+    toy_settings: ToySettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [toy_settings("method=rtn", f"bits={bits}") for bits in (3, 4)]
+    typed = ["model=local", "model.path=/a (b)/c", "method=rtn", "bits=3,4", "force=true"]
+    with pytest.raises(SystemExit):
+        cli._summarize(cells, 0, typed)
+    again = "next      python run.py -m model=local 'model.path=/a (b)/c' method=rtn bits=3,4\n"
+    assert capsys.readouterr().out.endswith(again)
+    failure = {"status": "failed", "stage": "load", "error": "killed", "model": "toy", "method": "rtn", "bits": 3}
+    RunFolder(cells[0].folder).write_json(METRICS, failure)
+    with pytest.raises(SystemExit):
+        cli._summarize(cells, 0, [*typed, "retry_failed=false"])
+    again = again.replace("-m ", "-m retry_failed=true ")
+    assert capsys.readouterr().out.endswith(again)
+
+
+def test_what_to_try_next_has_the_users_own_model_and_settings() -> None:
+    run = {"folder": "results/runs/m/a", "tracker": None}
+    typed = ["model=local", "model.path=/my models/m", "method=quantease", "method.num_iters=9", "bits=4", "seed=1"]
+    *_, sweep, other, shown = next_steps(run, typed).splitlines()
+    mine = "model=local 'model.path=/my models/m'"
+    assert sweep == f"next      python run.py -m method=rtn,gptq,quantease bits=2,3,4 {mine} seed=1"
+    assert other.strip() == f"python run.py method=gptq_quantease group_size=64 {mine} bits=4 seed=1"
+    assert shown.strip() == "python run.py --help"
+    assert "model=opt-125m" in next_steps(run, ["bits=4"])
+    words = shlex.split(sweep)[4:]
+    assert [cell.run.model.path for cell in check(words, multirun=True)] == ["/my models/m"] * 9
 
 
 def test_every_stage_of_a_run_records_its_memory(toy_settings: ToySettings) -> None:
