@@ -193,6 +193,15 @@ def method_words(metrics: Mapping[str, Any]) -> str:
     return _SHORT_DTYPES.get(str(metrics.get(MODEL_DTYPE)), REFERENCE)
 
 
+FAR_MORE_BITS = 1.0  # from this many bits per weight above its own bits on, a run is no rival of others of its bits
+
+
+def stores_far_more(metrics: Mapping[str, Any]) -> bool:
+    """Whether a run stores far more per weight than the bits that it was asked for, as SpQR may at 2 bits."""
+    bits, stored = _present(metrics.get("bits")), _present(metrics.get(BITS_PER_WEIGHT))
+    return None not in (bits, stored) and metrics["method"] != REFERENCE and stored > bits + FAR_MORE_BITS
+
+
 def peak_memory_gb(metrics: Mapping[str, Any]) -> float | None:
     """The largest memory that any stage of a run has taken, in GB of 10^9 bytes; None where none was measured."""
     stages = (_present(metrics.get(key)) for key in (QUANTIZE_MEMORY, EVALUATE_MEMORY, ZERO_SHOT_MEMORY))

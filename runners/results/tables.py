@@ -17,6 +17,7 @@ from runners.results.metrics import OWN_GRID, PER_CHANNEL, REFERENCE, Status, gr
 Run = Mapping[str, Any]  # the metrics of a run; of a cell that has not ended, its labels, status and error
 
 RAISED_DAMPING = "†"
+FAR_MORE_BITS = "‡"
 DEFAULT_GRIDS = ("", PER_CHANNEL, OWN_GRID)  # need no column
 
 
@@ -111,7 +112,7 @@ def _columns(runs: Sequence[Run]) -> list[Column]:
         Column("method", _method, "left"),
         Column("bits", _bits),
         *([Column("setting", _setting, "left")] if any_setting else []),
-        _number("bits/\nweight", metrics.BITS_PER_WEIGHT, ".2f"),
+        Column("bits/\nweight", _stored_bits),
         *(_number(f"ppl\n{_narrow(text)}", metrics.ppl(text), ".2f") for text in _names(runs, "ppl")),
         *(_accuracy(task) for task in _zero_shot_tasks(runs, "acc")),
         _number("layer\nerror", metrics.RELATIVE_ERROR, ".2e", of_quantization=True),
@@ -144,6 +145,12 @@ def _method(run: Run) -> str:
 
 def _bits(run: Run) -> str:
     return str(run.get("bits", ""))
+
+
+def _stored_bits(run: Run) -> str:
+    if (stored := run.get(metrics.BITS_PER_WEIGHT)) is None:
+        return ""
+    return f"{FAR_MORE_BITS} " * metrics.stores_far_more(run) + f"{stored:.2f}"  # in front: the digits stay aligned
 
 
 def _setting(run: Run) -> str:
@@ -180,6 +187,7 @@ def _facts(runs: Sequence[Run]) -> list[str]:
         *_protocols(runs),
         *_questions(runs),
         *_damping(runs),
+        *_far_more_bits(runs),
         *_not_measured(runs),
         *_warnings(runs),
         *sorted({note for run in runs if (note := run.get(metrics.CALIBRATION_NOTE))}),
@@ -215,6 +223,13 @@ def _questions(runs: Sequence[Run]) -> list[str]:
 def _damping(runs: Sequence[Run]) -> list[str]:
     raised = any(_damping_was_raised(run) for run in runs)
     return [f"{RAISED_DAMPING} damping was raised in some layers, see layers.csv"] if raised else []
+
+
+def _far_more_bits(runs: Sequence[Run]) -> list[str]:
+    if not any(metrics.stores_far_more(run) for run in runs):
+        return []
+    more = f"over {metrics.FAR_MORE_BITS:g} bit per weight more than its bits"
+    return [f"{FAR_MORE_BITS} stores {more}: compare it with methods of as many bits per weight"]
 
 
 def _not_measured(runs: Sequence[Run]) -> list[str]:

@@ -104,6 +104,16 @@ def test_what_to_try_next_has_the_users_own_model_and_settings() -> None:
     assert [cell.run.model.path for cell in check(words, multirun=True)] == ["/my models/m"] * 9
 
 
+def test_what_stores_far_more_than_its_bits_is_marked() -> None:
+    spqr = ROUNDED | {"method": "spqr", "bits": 2, "bits_per_weight": 6.14}
+    lines = printed(spqr, ROUNDED | {"bits_per_weight": 4.0}, REFERENCE)
+    rows = {line.split()[0]: line for line in lines}
+    assert "‡ 6.14" in rows["spqr"]
+    assert "‡" not in rows["rtn"] + rows["fp16"]
+    assert "‡ stores over 1 bit per weight more than its bits" in " ".join(lines)
+    assert "‡" not in "".join(printed(ROUNDED, REFERENCE))
+
+
 def test_every_stage_of_a_run_records_its_memory(toy_settings: ToySettings) -> None:
     (_, row) = run_experiment(toy_settings("method=rtn", "evaluation=full", "evaluation.limit=2"))
     for stage in ("quantize", "evaluate", "zero_shot"):
