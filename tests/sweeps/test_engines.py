@@ -15,7 +15,7 @@ from tests.conftest import PROJECT, ToySettings
 from tests.sweeps.endless import StartSweep, quantizing, session, wait_for
 
 
-@pytest.mark.parametrize("cells_at_a_time", [2, 3])
+@pytest.mark.parametrize("cells_at_a_time", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_nothing_outlives_a_command_that_is_killed(
     cells_at_a_time: int, start_endless_sweep: StartSweep, tmp_path: Path
 ) -> None:
@@ -50,6 +50,7 @@ def listening(leader: int) -> set[str]:
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="this system has no /proc/net")
 def test_a_ray_of_its_own_listens_on_this_machine_alone(start_endless_sweep: StartSweep, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_ray_launcher")
