@@ -68,7 +68,8 @@ def run_cell(settings: Settings, is_asked_for: bool = True) -> dict[str, Any]:
             at once. A reference that only the table needs is waited for.
 
     Raises:
-        InputError: the run's folder cannot be read or written, so there is no place for metrics.
+        InputError: the run's folder cannot be read or written, so there is no place for metrics; or a finished run is to be
+            run again with inputs that cannot work, and its result is kept.
     """
     folder = RunFolder(settings.folder)
     if (ended := folder.metrics_to_keep(settings.execution.force, settings.execution.retry_failed)) is not None:
@@ -84,8 +85,20 @@ def run_cell(settings: Settings, is_asked_for: bool = True) -> dict[str, Any]:
         # Again, now under the lock: the process that held it until now may have ended the run.
         if (ended := folder.metrics_to_keep(settings.execution.force, settings.execution.retry_failed)) is not None:
             return _skip(settings, ended, is_asked_for)
+        if _has_result(folder):
+            preflight(
+                settings
+            )  # force=true with a setting or a file that cannot work must not cost the result that stands
         folder.clear_result()
         return _run(settings, folder)
+
+
+def _has_result(folder: RunFolder) -> bool:
+    try:
+        metrics = folder.metrics()
+    except InputError:  # damaged: nothing to keep
+        return False
+    return metrics is not None and metrics["status"] == Status.DONE
 
 
 def _clear_leftovers(folder: RunFolder) -> None:

@@ -230,3 +230,19 @@ def test_a_disk_that_fills_up_during_a_run(toy_settings: ToySettings, monkeypatc
     assert not list(settings.folder.glob("*.partial"))
     monkeypatch.undo()
     assert run_cell(settings)["status"] == "done"
+
+
+def test_force_with_a_file_that_is_gone_keeps_the_result_that_stands(
+    toy_settings: ToySettings, model_copy: Path
+) -> None:
+    words = ["method=rtn", f"model.path={model_copy}"]
+    done = run_cell(toy_settings(*words))
+    assert done["status"] == "done"
+    (model_copy / "tokenizer.json").unlink()
+    again = toy_settings(*words, "force=true")
+    assert str(again.folder) == done["folder"]
+    with pytest.raises(InputError, match="tokenizer"):
+        run_cell(again)
+    metrics = RunFolder(again.folder).metrics()
+    assert metrics is not None
+    assert metrics["status"] == "done"
