@@ -85,12 +85,10 @@ def run_cell(settings: Settings, is_asked_for: bool = True) -> dict[str, Any]:
         # Again, now under the lock: the process that held it until now may have ended the run.
         if (ended := folder.metrics_to_keep(settings.execution.force, settings.execution.retry_failed)) is not None:
             return _skip(settings, ended, is_asked_for)
-        if _has_result(folder):
-            preflight(
-                settings
-            )  # force=true with a setting or a file that cannot work must not cost the result that stands
+        # Checked before the result that stands is removed: force=true with a file that is gone must not cost it.
+        inputs = preflight(settings) if _has_result(folder) else None
         folder.clear_result()
-        return _run(settings, folder)
+        return _run(settings, folder, inputs)
 
 
 def _has_result(folder: RunFolder) -> bool:
@@ -121,17 +119,20 @@ def _skip(settings: Settings, metrics: dict[str, Any], is_asked_for: bool) -> di
     return metrics | {"folder": str(settings.folder), "tracker": None, "skipped": True}
 
 
-def _run(settings: Settings, folder: RunFolder) -> dict[str, Any]:
+def _run(settings: Settings, folder: RunFolder, inputs: RunInputs | None) -> dict[str, Any]:
     """Run under the run's lock, and write what came of it.
 
     The order at the end is what makes a kill at any moment harmless: the metrics are written first, then the finished blocks
     are deleted, which a run without metrics would continue from, and at last the progress, the trace of an unrecorded death.
+
+    Args:
+        inputs: None if they are still to be checked; what is wrong with them is then recorded.
     """
     progress, interrupt = Progress(folder.path), None
     with track(settings, folder.path) as tracker:
         try:
             with progress.follow_bars():
-                metrics = _measure(settings, folder, progress, tracker)
+                metrics = _measure(settings, folder, inputs, progress, tracker)
         except Exception as error:
             metrics = _interruption(settings, error, progress) or _failure(error, progress)
         except KeyboardInterrupt as raised:  # held back until everything is written
@@ -152,11 +153,13 @@ def _run(settings: Settings, folder: RunFolder) -> dict[str, Any]:
     return metrics | {"folder": str(folder.path), "tracker": tracker.where}
 
 
-def _measure(settings: Settings, folder: RunFolder, progress: Progress, tracker: RunTracker) -> dict[str, Any]:
+def _measure(
+    settings: Settings, folder: RunFolder, inputs: RunInputs | None, progress: Progress, tracker: RunTracker
+) -> dict[str, Any]:
     """Go through the stages of a run; writes every file of its folder but the metrics, which are returned."""
     progress.stage = "preflight"
     folder.write_config(settings.resolved())
-    inputs = preflight(settings)
+    inputs = inputs or preflight(settings)
     environment = run_environment(inputs)
     folder.write_json("environment.json", environment)
     log.info("%s", _headline(settings, inputs))
