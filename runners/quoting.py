@@ -1,4 +1,7 @@
-"""Settings as they are typed, quoted for Hydra's grammar and for the shell: a printed command works when it is pasted."""
+"""Settings as they are typed, quoted for Hydra's grammar and for the shell, and texts without control characters.
+
+A printed command works when it is pasted, and a printed name cannot move the cursor.
+"""
 
 import re
 import shlex
@@ -20,3 +23,10 @@ def hydra_text(text: str) -> str:
     # Within quotes Hydra reads backslashes as they are, except before a quote.
     quoted = re.sub(r'(\\*)("|\Z)', lambda found: 2 * found[1] + (r"\"" if found[2] else ""), escaped)
     return f'"{quoted}"'
+
+
+def printable(text: str) -> str:
+    """A text in one line without control characters: `\\n`, `\\x1b` and others that are not printable are escaped."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )

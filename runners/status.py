@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from runners.arguments import start
-from runners.console import console
+from runners.console import console, duration
 from runners.errors import InputError, known_names
 from runners.results.metrics import EVALUATE_SECONDS, METRICS, OPEN, QUANTIZE_SECONDS, Status, model_words
 from runners.results.progress import PROGRESS
@@ -65,14 +65,6 @@ def time_left(rows: list[dict[str, Any]]) -> str:
 def seconds(row: dict[str, Any]) -> float:
     """The seconds that a done cell took for quantization and evaluation."""
     return row.get(QUANTIZE_SECONDS, 0.0) + row.get(EVALUATE_SECONDS, 0.0)
-
-
-def duration(seconds: float) -> str:
-    """In the largest unit that still shows two digits: `45 s`, `12 min`, `3 h 20 min`."""
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _elapsed(row: dict[str, Any]) -> float:

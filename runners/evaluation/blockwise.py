@@ -7,7 +7,6 @@ of a study has to compute it. Where the unquantized model itself is measured, a 
 once more after every block passes beside the first: the noise floor of the agreement (see `noise_floor`).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runners.console import Bar
 from runners.evaluation.likelihood import measure_windows
 from runners.evaluation.noise_floor import rounded_once_more
 from runners.evaluation.token_agreement import TokenAgreement
@@ -88,6 +88,12 @@ class _TextInProgress:
     rounded: BlockActivations | None = None
     agreement: TokenAgreement = field(default_factory=TokenAgreement)
 
+    @property
+    def walks(self) -> list[BlockActivations]:
+        """All activations that have to pass the blocks."""
+        mine = None if self.mode is Mode.UNQUANTIZED_CACHED else self.activations
+        return [activations for activations in (self.reference, mine, self.rounded) if activations is not None]
+
 
 class BlockwiseEvaluation:
     """Measures all texts in one pass over the decoder blocks.
@@ -121,30 +127,36 @@ class BlockwiseEvaluation:
             self._texts[name] = _TextInProgress(ids, "", Mode.PROBE, self._enter(ids))
 
     @torch.no_grad()
-    def run(self, on_step: Callable[[str], None]) -> dict[str, dict[str, list[float]]]:
+    def run(self, bar: Bar | None = None) -> dict[str, dict[str, list[float]]]:
         """Measure every text; returns, for each, what `measure_windows` names, one value per window.
 
         For the unquantized model KL_FLOOR and TOP1_FLOOR take the place of `kl` and `top1`.
 
         Args:
-            on_step: called with what was done, once per block and once per text.
+            bar: shows the progress: of `steps` steps, and of blocks and then texts as its parts.
 
         Raises:
             InputError: activations are not finite, or memory runs out with nothing left to make smaller.
         """
+        self._bar = bar or Bar()
         count = len(self._source.blocks)
-        in_progress = [
-            text for text in self._texts.values() if text.rounded or text.mode is not Mode.UNQUANTIZED_CACHED
-        ]
-        for index in range(count):
-            if in_progress:
-                self._pass_block(in_progress, index)
-            on_step(f"block {index + 1}/{count}")
+        in_progress = {name: text for name, text in self._texts.items() if text.walks}
+        self._bar.begin("the texts are measured")
+        for index in range(count if in_progress else 0):
+            self._pass_block(in_progress, index)
+            self._bar.finish(f"block {index + 1} of {count}", index + 1, count)
+        self._bar.begin()
         measured = {}
         for name, text in self._texts.items():
-            measured[name] = self._measure(text)
-            on_step(f"perplexity  {name}")
+            measured[name] = self._measure(name, text)
+            self._bar.finish(f"{name} measured", len(measured), len(self._texts))
         return measured
+
+    @property
+    def steps(self) -> int:
+        """Steps of the progress: one for every window in every walk through every block, and one to measure it."""
+        blocks = len(self._source.blocks)
+        return sum(len(text.ids) * (blocks * len(text.walks) + 1) for text in self._texts.values())
 
     def token_summary(self, name: str) -> dict[str, float]:
         """After `run`: quantiles of the KL of a text's tokens, and its mean by confidence; {} where it has no agreement."""
@@ -175,44 +187,53 @@ class BlockwiseEvaluation:
         """A text's activations before the first block."""
         return BlockActivations(self._source, ids, self._batch_size, memory=self._memory)
 
-    def _pass_block(self, texts: list[_TextInProgress], index: int) -> None:
+    def _pass_block(self, texts: dict[str, _TextInProgress], index: int) -> None:
         """Send all texts through one block; the unquantized model first, because replacing the weights overwrites them."""
         with self._source.open_block(index) as block:
-            for text in texts:
+            for name, text in texts.items():
                 if text.reference:
-                    self._advance(text.reference, index)
+                    self._advance(text.reference, index, f"{name} unquantized")
             if self._blocks is not None:
                 replace_weights(block, self._blocks.layers(index, str(self._source.device)))
-            for text in texts:
+            for name, text in texts.items():
                 if text.mode is not Mode.UNQUANTIZED_CACHED:
-                    self._advance(text.activations, index)
+                    self._advance(text.activations, index, name)
                 if text.rounded:
-                    self._advance(text.rounded, index)
+                    self._advance(text.rounded, index, f"{name} rounded")
                     self._round_once_more(text.rounded, index)
 
     def _round_once_more(self, activations: BlockActivations, index: int) -> None:
         for place, hidden in enumerate(activations.hidden):
             activations.hidden[place].copy_(rounded_once_more(hidden, seed=index * len(activations.hidden) + place))
 
-    def _advance(self, activations: BlockActivations, index: int) -> None:
+    def _advance(self, activations: BlockActivations, index: int, name: str) -> None:
+        before, windows = self._bar.done, sum(map(len, activations.hidden))
+        where = f"block {index + 1}/{len(self._source.blocks)}  {name}"
+
+        def on_batch(batches: int) -> None:
+            passed = sum(map(len, activations.hidden[:batches]))
+            self._bar(f"{where}, window {passed} of {windows}", before + passed)
+
+        activations.on_batch = on_batch
         smaller = self._memory.smaller_batches(activations.batch_size)
         what = f"while block {index} was evaluated"
         self._memory.retry(what, lambda: activations.advance(index), smaller, activations.to_host)
 
-    def _measure(self, text: _TextInProgress) -> dict[str, list[float]]:
+    def _measure(self, name: str, text: _TextInProgress) -> dict[str, list[float]]:
         """Measure a text whose activations have left the last block: logits and losses, a few windows at a time."""
         reference = self._reference(text)
         rows = windows_at_once(self._source.model, text.ids.shape[1])
         measured: dict[str, list[float]] = {}
-        first = 0
+        first, before = 0, self._bar.done
         for batch in text.activations.hidden:
             for hidden in batch.split(rows):
                 here = slice(first, first := first + len(hidden))
                 logits = text.activations.logits(hidden)
                 expected = None if reference is None else text.activations.logits(reference[here])
                 ids = text.ids[here].to(logits.device)
-                for name, values in self._of_windows(text, logits, ids, expected, here).items():
-                    measured.setdefault(name, []).extend(values.tolist())
+                for measure, values in self._of_windows(text, logits, ids, expected, here).items():
+                    measured.setdefault(measure, []).extend(values.tolist())
+                self._bar(f"{name}, window {first} of {len(text.ids)}", before + first)
         return measured
 
     def _of_windows(

@@ -5,7 +5,7 @@ with the arguments that the model itself passes to it (`runners.models.bypass`).
 that. What blocks hand to later ones in a container, such as shared keys and values, travels with each batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class BlockActivations:
         calibration_batches: how many batches hold `sequences`; those after them are held out.
         calibration_tokens, held_out_tokens: how many tokens `sequences` have, and how many are held out.
         batch_index: of the batch that `run` has sent last.
+        on_batch: called by `advance` with the number of batches that have left the block.
         shared: per batch, what the blocks before have handed to later ones.
     """
 
@@ -63,6 +64,7 @@ class BlockActivations:
         self._sample = sequences[:batch_size]  # where any tokens of this shape will do
         self._arguments: dict[int, list[BlockArguments]] = {}  # by batch size: masks and alibi have a batch dimension
         self._advanced = 0  # batches that have left the block already, when `advance` is called again after an error
+        self.on_batch: Callable[[int], None] = lambda _: None
         self._finite = torch.ones((), dtype=torch.bool, device=source.device)
         learn_tuple_lengths(source, sequences)  # first: every other bypassed pass needs to know them
         self._depend_on_the_text = arguments_depend_on_the_text(source, sequences)
@@ -124,6 +126,7 @@ class BlockActivations:
                 self.hidden[self._advanced] = output
             self._keep_handed()
             self._advanced += 1
+            self.on_batch(self._advanced)
         self._advanced = 0
         if not self._finite:
             raise InputError(

@@ -48,11 +48,14 @@ class Quantization:
         self._groups = GroupSolver(solver, spec, stored_bits, self._memory, self._phases, activations.to_host)
 
     @torch.no_grad()
-    def run(self, report: Callable[[LayerRecord], None]) -> list[LayerRecord]:
+    def run(
+        self, report: Callable[[LayerRecord], None], on_block: Callable[[int], None] = lambda _: None
+    ) -> list[LayerRecord]:
         """Quantize every linear layer of every decoder block that is not finished already, and record all other matrices.
 
         Args:
             report: called with each layer's record once it is known, those of blocks finished earlier included.
+            on_block: called with the index of each decoder block that is finished now.
 
         Returns:
             The records of all layers, and of the matrices outside them, in the same order.
@@ -76,6 +79,7 @@ class Quantization:
                     quantized[solved.record.layer] = solved.quantized
             records += of_block
             self._save(index, quantized, of_block, seconds_before)
+            on_block(index)
         return records
 
     def _resume(self) -> list[LayerRecord]:

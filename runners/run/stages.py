@@ -87,14 +87,20 @@ class Stages:
         blocks = self.source.blocks
         with (
             Meter(self.inputs.device) as meter,
-            progress("calibrating", sum(len(linear_layers(b)) + len(other_matrices(b)) for b in blocks)) as step,
+            progress(
+                self._title("quantize"), sum(len(linear_layers(b)) + len(other_matrices(b)) for b in blocks)
+            ) as bar,
         ):
+            bar.begin("the evaluation" if self.inputs.windows or self.inputs.tasks else "")
 
             def count(record: LayerRecord) -> None:
                 on_layer(record)
-                step(f"block {record.block + 1}/{len(blocks)}  {record.layer}")
+                bar(f"block {record.block + 1}/{len(blocks)}  {record.layer}")
 
-            records = quantization.run(count)
+            def finish(index: int) -> None:
+                bar.finish(f"block {index + 1} of {len(blocks)}", index + 1, len(blocks))
+
+            records = quantization.run(count, finish)
         return summarize_layers(records, self.inputs.checkpoint.parameters, stored_bits) | {
             # Not the meter's seconds: the phases add up over all processes of a run that was interrupted and resumed.
             metrics.QUANTIZE_SECONDS: sum(phases.seconds.values()),
@@ -135,9 +141,10 @@ class Stages:
             references = ReferenceCache(self.cache, model_key(self.settings, self.inputs))
         options: dict[str, Any] = {"blocks": self.blocks, "references": references, "memory": self.memory}
         probed = {} if self.blocks is not None else self._bos_probes()
-        with Meter(self.inputs.device) as meter, progress("evaluating", len(self.source.blocks) + len(texts)) as step:
+        with Meter(self.inputs.device) as meter:
             evaluation = BlockwiseEvaluation(self.source, texts, self.inputs.batch_size, probes=probed, **options)
-            measured = evaluation.run(step)
+            with progress(self._title("evaluate"), evaluation.steps) as bar:
+                measured = evaluation.run(bar)
         result: Metrics = {metrics.EVALUATE_SECONDS: meter.seconds, metrics.EVALUATE_MEMORY: meter.peak_memory_gb}
         for name, windows in self.inputs.windows.items():
             result |= _text_metrics(name, windows, measured[name])
@@ -146,6 +153,11 @@ class Stages:
         keys = {NONE: metrics.PPL_WITHOUT_BOS, WINDOW: metrics.PPL_WITH_BOS}
         result |= {keys[name]: math.exp(fmean(measured.pop(name)["nll"])) for name in probed}
         return result, measured
+
+    def _title(self, stage: str) -> str:
+        """Of a stage's progress. It names the cell: with several workers the lines of several cells are mixed."""
+        run = self.settings.run
+        return f"{stage} {run.method.name}" + (f", {metrics.bits_words(run.bits)}" if run.quantizes else "")
 
     def _bos_probes(self) -> dict[str, Tensor]:
         """A window of the first text with and without BOS: enough to see whether the model needs it."""

@@ -83,7 +83,7 @@ def floor_of(model: Any, folder: Path) -> tuple[float, dict[str, list[float]]]:
     ids = random_ids(5)
     references = ReferenceCache(Cache(folder, 1.0), {})
     evaluation = BlockwiseEvaluation(InMemoryModel(model), {"text": (ids, ids_hash(ids))}, 2, references=references)
-    measured = evaluation.run(lambda _: None)["text"]
+    measured = evaluation.run()["text"]
     assert evaluation.token_summary("text") == {}  # it is compared with itself only
     return float(np.mean(measured["kl_floor"])), measured
 

@@ -24,7 +24,7 @@ from tests.runs.test_experiment import read_csv
 def evaluate(model: Any, **options: Any) -> dict[str, list[float]]:
     ids = random_ids(5)
     texts = {"text": (ids, ids_hash(ids))}
-    return BlockwiseEvaluation(InMemoryModel(model), texts, 2, **options).run(lambda _: None)["text"]
+    return BlockwiseEvaluation(InMemoryModel(model), texts, 2, **options).run()["text"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -90,8 +90,8 @@ def test_streamed_and_whole_models_give_the_same(family: str, tmp_path: Path) ->
         (r.block, r.layer, r.relative_error) for r in expected
     ]
     texts = {"text": (ids, ids_hash(ids))}
-    streamed = BlockwiseEvaluation(source, texts, 2, blocks=blocks).run(lambda _: None)
-    assert streamed == BlockwiseEvaluation(InMemoryModel(whole), texts, 2).run(lambda _: None)
+    streamed = BlockwiseEvaluation(source, texts, 2, blocks=blocks).run()
+    assert streamed == BlockwiseEvaluation(InMemoryModel(whole), texts, 2).run()
 
 
 OTHER_NAMES = "model.decoder.layers.0.fc1.weight"
