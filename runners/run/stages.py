@@ -84,13 +84,23 @@ class Stages:
             stored_bits=stored_bits,
             finished=self.blocks,
         )
+        with Meter(self.inputs.device) as meter:
+            records = self._quantize_blocks(quantization, on_layer)
+        return summarize_layers(records, self.inputs.checkpoint.parameters, stored_bits) | {
+            # Not the meter's seconds: the phases add up over all processes of a run that was interrupted and resumed.
+            metrics.QUANTIZE_SECONDS: sum(phases.seconds.values()),
+            metrics.QUANTIZE_MEMORY: meter.peak_memory_gb,
+            **{metrics.phase_seconds(phase): seconds for phase, seconds in phases.seconds.items()},
+            **_calibration_metrics(sequences),
+            metrics.CHECKPOINT_SHA256: self.blocks.sha256,
+        }
+
+    def _quantize_blocks(
+        self, quantization: Quantization, on_layer: Callable[[LayerRecord], None]
+    ) -> list[LayerRecord]:
         blocks = self.source.blocks
-        with (
-            Meter(self.inputs.device) as meter,
-            progress(
-                self._title("quantize"), sum(len(linear_layers(b)) + len(other_matrices(b)) for b in blocks)
-            ) as bar,
-        ):
+        layers = sum(len(linear_layers(block)) + len(other_matrices(block)) for block in blocks)
+        with progress(self._title("quantize"), layers) as bar:
             bar.begin("the evaluation" if self.inputs.windows or self.inputs.tasks else "")
 
             def count(record: LayerRecord) -> None:
@@ -100,15 +110,7 @@ class Stages:
             def finish(index: int) -> None:
                 bar.finish(f"block {index + 1} of {len(blocks)}", index + 1, len(blocks))
 
-            records = quantization.run(count, finish)
-        return summarize_layers(records, self.inputs.checkpoint.parameters, stored_bits) | {
-            # Not the meter's seconds: the phases add up over all processes of a run that was interrupted and resumed.
-            metrics.QUANTIZE_SECONDS: sum(phases.seconds.values()),
-            metrics.QUANTIZE_MEMORY: meter.peak_memory_gb,
-            **{metrics.phase_seconds(phase): seconds for phase, seconds in phases.seconds.items()},
-            **_calibration_metrics(sequences),
-            metrics.CHECKPOINT_SHA256: self.blocks.sha256,
-        }
+            return quantization.run(count, finish)
 
     def _calibration_mode(self, sequences: Sequences, phases: Phases) -> CalibrationMode:
         """The inputs that `calibration.inputs` asks for."""
