@@ -10,7 +10,8 @@ import pandas as pd
 import yaml
 
 from runners.results import metrics
-from runners.results.metrics import CALIBRATION_INPUTS, METRICS, MODEL_PATH, REFERENCE, TOKEN_WEIGHTS, UNIFORM
+from runners.results.metrics import CALIBRATION_INPUTS, METRICS, MODEL_PATH, REFERENCE, TOKEN_WEIGHTS, UNIFORM, damaged
+from runners.results.seal import read_run
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C ten times as fast, where PyYAML was built with it
 
@@ -133,7 +134,7 @@ def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _read_run(file: Path) -> dict[str, Any]:
-    run = {"series": None, "group_size": None, CALIBRATION_INPUTS: None, TOKEN_WEIGHTS: None} | metrics.read(file)
+    run = {"series": None, "group_size": None, CALIBRATION_INPUTS: None, TOKEN_WEIGHTS: None} | read_run(file.parent)
     if run["method"] != REFERENCE:
         # Runs older than these keys always used the quantized model's activations, and weighed all tokens alike.
         run[CALIBRATION_INPUTS] = run[CALIBRATION_INPUTS] or "quantized"
@@ -170,7 +171,7 @@ def _model_path(folder: Path) -> str | None:
 
 
 def _damaged(file: Path, why: object) -> ValueError:
-    return ValueError(f"{file} is damaged ({why}): run it again with force=true")
+    return ValueError(damaged(file, why))
 
 
 def _written(entry: Any) -> str:

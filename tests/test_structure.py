@@ -23,6 +23,7 @@ ALLOWED = {  # own packages that each may import; the direction of all imports
 }
 ANALYSIS_READS = {
     "runners.results.metrics",
+    "runners.results.seal",
     "runners.results.studies",
     "runners.errors",
     "runners.project",

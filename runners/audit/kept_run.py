@@ -54,7 +54,7 @@ def open_run(folder: Path, model: str | None) -> KeptRun:
     checkpoint = open_checkpoint(place)
     _refuse_another_model(place, checkpoint, blocks, metrics)
     count = len(decoder_blocks(checkpoint.skeleton))
-    if blocks.resume() != count or blocks.sha256 != metrics[CHECKPOINT_SHA256]:
+    if blocks.resume(any_version=True) != count or blocks.sha256 != metrics[CHECKPOINT_SHA256]:
         raise InputError(
             f"the weights in {blocks.folder} are not those that the run was measured with: one of the {count} blocks is "
             "missing, damaged or of another run. Run it again with keep_checkpoint=true force=true"

@@ -1,8 +1,11 @@
 """Finished blocks: the quantized decoder blocks of a run on disk, from which an interrupted run resumes.
 
 `checkpoint/identity.json` names all that the blocks depend on. Each finished block is a safetensors file with its codes,
-scales, zero points and outliers, and a manifest with that file's checksum and the records of its layers. The manifest is
-written last: a block is finished if and only if its manifest is there and the checksums are right.
+scales, zero points and outliers, and a manifest with that file's checksum, the records of its layers, its index and the
+digest of the run's identity. The manifest is written last: a block is finished if and only if its manifest is there, the
+checksums are right, and it is that of this place and this run. Two blocks that were exchanged on disk are not.
+
+Index and digest are not in the safetensors file: `checkpoint/sha256` compares the codes of runs, whatever code made them.
 """
 
 import dataclasses
@@ -61,8 +64,12 @@ class FinishedBlocks:
         self.identity = identity
         self.manifests: list[Manifest] = []
 
-    def resume(self) -> int:
+    def resume(self, *, any_version: bool = False) -> int:
         """Find the blocks that an earlier process has finished; a damaged one and all after it are quantized again.
+
+        Args:
+            any_version: also take the blocks of older versions, which name neither their run nor, but for their records,
+                their place: only where `sha256` is then compared with that of the run's metrics.
 
         Returns:
             How many blocks need not be quantized again.
@@ -76,7 +83,7 @@ class FinishedBlocks:
             write(file, json.dumps(self.identity, indent=2) + "\n")
             return 0
         self._refuse_another(file)
-        while (manifest := self._manifest(len(self.manifests))) is not None:
+        while (manifest := self._manifest(len(self.manifests), any_version)) is not None:
             self.manifests.append(manifest)
         return len(self.manifests)
 
@@ -94,6 +101,7 @@ class FinishedBlocks:
         whole = Manifest(sha256=file_sha256(self._file(index)), **manifest)
         content = dataclasses.asdict(whole)
         # The manifest's own checksum: a record that was changed on disk would otherwise become a result.
+        content |= self._place(index)
         sealed = {"content": content, "checksum": _checksum(content)}
         write(self._file(index).with_suffix(".json"), json.dumps(sealed) + "\n")
         self.manifests.append(whole)
@@ -112,16 +120,25 @@ class FinishedBlocks:
     def _file(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
 
-    def _manifest(self, index: int) -> Manifest | None:
+    def _place(self, index: int) -> dict[str, Any]:
+        """Where a block belongs: its index and its run."""
+        return {"block": index, "run": _checksum(self.identity)}
+
+    def _manifest(self, index: int, any_version: bool) -> Manifest | None:
         file = self._file(index)
         try:
             sealed = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
             written = sealed["content"]
             if _checksum(written) != sealed["checksum"]:
                 raise ValueError("the checksum of its manifest is another")
+            place = {name: written.pop(name, None) for name in self._place(index)}
+            if place != self._place(index) and not (any_version and set(place.values()) == {None}):
+                raise ValueError(_not_here(place["block"], index))
             records = [
                 LayerRecord(**(record | {"history": tuple(record["history"])})) for record in written.pop("records")
             ]
+            if any(record.block != index for record in records):
+                raise ValueError(_not_here(records[0].block, index))
             manifest = Manifest(records=records, **written)
             if file_sha256(file) != manifest.sha256:
                 raise ValueError("its checksum is another")
@@ -156,6 +173,10 @@ def delete_finished_blocks(folder: Path) -> None:
 
 def _checksum(content: Any) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _not_here(block: int | None, index: int) -> str:
+    return "it is of another run" if block in (index, None) else f"it is block {block}, in the place of block {index}"
 
 
 def _short(value: Any) -> str:

@@ -12,10 +12,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from hashlib import sha256 as sha256_of
 from pathlib import Path
 from typing import Any, NoReturn
 
 METRICS = "metrics.json"  # in a run's folder
+SEAL = "seal"  # what the files of the run were when it ended (`runners.results.seal`); absent from older results
+SEALED_FILES, CHECKSUM, BYTES, ROWS = "files", "sha256", "bytes", "rows"  # keys within it
 REFERENCE = "fp16"  # the method that leaves the weights as they are, whatever their dtype
 
 
@@ -325,13 +328,41 @@ def parse(text: str) -> dict[str, Any]:
     try:
         metrics = json.loads(text, parse_constant=_refuse_constant)
         _check(metrics)
+        if SEAL in metrics:
+            _check_text(text, metrics[SEAL])
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     return metrics
 
 
+def sealed_text(metrics: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> str:
+    """The content of a `metrics.json` with its seal: the facts of the run's other files, and a checksum of this text itself.
+
+    Args:
+        files: by the name of a file its BYTES, CHECKSUM and ROWS.
+
+    Raises:
+        ValueError: a number is none that JSON has.
+    """
+    whole = {key: value for key, value in metrics.items() if key != SEAL}
+    whole[SEAL] = {SEALED_FILES: files, CHECKSUM: ""}  # last, so that the last "" of the text is the checksum's place
+    head, _, tail = (json.dumps(whole, indent=2, allow_nan=False) + "\n").rpartition('""')
+    return f'{head}"{_checksum(head, tail)}"{tail}'
+
+
+def _check_text(text: str, seal: Mapping[str, Any]) -> None:
+    head, is_there, tail = text.rpartition(f'"{seal.get(CHECKSUM)}"')
+    if not is_there or _checksum(head, tail) != seal[CHECKSUM]:
+        raise ValueError("its checksum is another than its text has: it was changed since the run ended")
+
+
+def _checksum(head: str, tail: str) -> str:
+    """Of the text around the checksum."""
+    return sha256_of(f'{head}""{tail}'.encode()).hexdigest()
+
+
 def read(file: Path) -> dict[str, Any]:
-    """The metrics of one run.
+    """The metrics of one run. Its other files are not looked at: `runners.results.seal.read_run` does that.
 
     Raises:
         FileNotFoundError: the run has not ended.
@@ -343,7 +374,12 @@ def read(file: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged ({error}): run it again with force=true") from error
+        raise ValueError(damaged(file, error)) from error
+
+
+def damaged(file: Path, what: object) -> str:
+    """The sentence on a file of a run that is not what the run has written, with the remedy."""
+    return f"{file} is damaged ({what}): restore it, from git or a copy, or run it again with force=true"
 
 
 def _check(metrics: Any) -> None:
@@ -368,6 +404,8 @@ def _needed(metrics: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _fits(key: str, value: Any) -> bool:
+    if key == SEAL:
+        return isinstance(value, dict) and _is_table(value.get(SEALED_FILES))
     if key in _NUMBERS or (key.startswith(_MEASURED) and not key.endswith(_NOT_MEASURED)):
         # What was not measured has no key, so None is damage. `type` and not isinstance: True is an int, too.
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
@@ -380,6 +418,12 @@ def _fits(key: str, value: Any) -> bool:
     if key in ("method", "model", *_TEXTS) or key.startswith(("protocol/", "bos/", "sha256/", "skipped/")):
         return isinstance(value, str)
     return not isinstance(value, dict | list)
+
+
+def _is_table(files: Any) -> bool:
+    """Whether a value can be what the seal says of files."""
+    facts = files.values() if isinstance(files, dict) else [None]
+    return all(isinstance(entry, dict) and {BYTES, CHECKSUM} <= entry.keys() for entry in facts)
 
 
 def _refuse_constant(constant: str) -> NoReturn:

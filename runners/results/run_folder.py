@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 
 from runners.errors import InputError
 from runners.results.layers import LayerRecord
-from runners.results.metrics import METRICS, Reason, Status, parse
+from runners.results.metrics import METRICS, Reason, Status, sealed_text
+from runners.results.seal import SEALED, facts_of_files, read_run
 from runners.storage.files import write
 from runners.storage.locks import file_lock
 
@@ -33,17 +34,15 @@ class RunFolder:
         """The metrics of the run; None if it has not ended.
 
         Raises:
-            InputError: the file is damaged, or of another run.
+            InputError: a file of the run is damaged, or the metrics are of another run.
         """
         file = self.path / METRICS
         try:
-            metrics = parse(file.read_text(encoding="utf-8"))
+            metrics = read_run(self.path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{file} cannot be read ({error}): delete it to run this again, or use force=true"
-            ) from error
+        except ValueError as error:
+            raise InputError(str(error)) from error
         if not self.path.name.endswith(str(metrics.get("digest", ""))):
             raise InputError(
                 f"{file} is of another run, {metrics['digest']}: delete it to run this again, or use force=true"
@@ -89,14 +88,23 @@ class RunFolder:
             return not is_mine
 
     def clear_result(self) -> None:
-        """Remove the metrics before the run is run again, and the temporary files of a process that was killed."""
-        (self.path / METRICS).unlink(missing_ok=True)
+        """Remove the result before the run is run again, and the temporary files of a process that was killed.
+
+        The metrics first: without them nobody takes the other files for a result. The others, too, because a run that fails
+        would be sealed together with the tables of an earlier one.
+        """
+        for name in (METRICS, *SEALED):
+            (self.path / name).unlink(missing_ok=True)
         for partial in self.path.rglob("*.partial"):
             partial.unlink(missing_ok=True)
 
     def write_config(self, identity: dict[str, Any]) -> None:
         """Write `config.yaml`."""
         write(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(identity)))
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        """Write `metrics.json`, with the seal of the files that the run has written before."""
+        write(self.path / METRICS, sealed_text(metrics, facts_of_files(self.path)))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file. NaN is refused: JSON has none, and `metrics.parse` would call the file damaged."""

@@ -16,7 +16,6 @@ from runners.results.layers import LayerRecord, refuse_warnings, ruled_by_few_to
 from runners.results.metrics import (
     CALIBRATION_INPUTS,
     CALIBRATION_NOTE,
-    METRICS,
     MODEL_DTYPE,
     MODEL_NOTE,
     MODEL_PATH,
@@ -144,7 +143,7 @@ def _run(settings: Settings, folder: RunFolder, inputs: RunInputs | None) -> dic
     is_to_be_cleared = metrics["status"] == Status.DONE and not settings.execution.keep_checkpoint
     if is_to_be_cleared:
         progress.stage = CLEARING
-    folder.write_json(METRICS, metrics)
+    folder.write_metrics(metrics)
     if is_to_be_cleared:
         delete_finished_blocks(folder.path)
     remove_progress(folder.path)

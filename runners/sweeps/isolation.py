@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 
 from runners.config.settings import Settings
 from runners.errors import InputError, NoRoom
-from runners.results.metrics import METRICS, Reason, Status
+from runners.results.metrics import Reason, Status
 from runners.results.progress import progress_words, read_progress, remove_progress
 from runners.results.run_folder import RunFolder
 from runners.run.experiment import INTERRUPTED, failure_metrics, run_experiment
@@ -275,7 +275,7 @@ def _record_death(cell: Settings, progress: dict[str, Any], reason: Reason, erro
             return None
         progress = read_progress(folder.path) or progress  # its last words, later than what the caller has read
         metrics = failure_metrics(cell, reason, progress["stage"], error.format(where=progress_words(progress)))
-        folder.write_json(METRICS, metrics)
+        folder.write_metrics(metrics)
         remove_progress(folder.path)
         return metrics
 
