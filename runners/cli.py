@@ -7,7 +7,7 @@ import re
 import shlex
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -119,7 +119,7 @@ def _run_sweep(command: CommandLine) -> None:
     cells = command.cells
     register_cells(cells)
     skipped = {cell.folder for cell in cells if not (cell.execution.force or cell.execution.retry_failed)}
-    failed_before = sum(read_status(folder)["status"] == Status.FAILED for folder in skipped)
+    failed_before = sum(_has_failed(read_status(folder)) for folder in skipped)
     try:
         with prepared(command.composed.hydra.launcher):
             launch(command.composed, job)
@@ -176,6 +176,11 @@ def _logs() -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True))
 
 
+def _has_failed(row: Mapping[str, Any]) -> bool:
+    """Whether a run has failed by itself: one that is damaged on disk is not made again by retry_failed=true."""
+    return row["status"] == Status.FAILED and row.get("reason") != Reason.DAMAGED
+
+
 def _summarize(cells: list[Settings], left_alone: int, words: Sequence[str]) -> None:
     """Print the table of a sweep, one row per run, and what to do next; exit with 1 if any has failed or has not ended."""
     asked = {settings.folder for settings in cells}
@@ -185,15 +190,18 @@ def _summarize(cells: list[Settings], left_alone: int, words: Sequence[str]) -> 
     others, rows = described[: len(references)], described[len(references) :]
     console.print(results_table([*(row for row in others if row["status"] == Status.DONE), *rows]))
     rows += [row for row in others if row["status"] in (Status.FAILED, Status.UNFINISHED, Status.INTERRUPTED)]
-    failed = [row for row in rows if row["status"] == Status.FAILED]
+    failed = [row for row in rows if _has_failed(row)]
+    damaged = [row for row in rows if row.get("reason") == Reason.DAMAGED]
     unfinished = [row for row in rows if row["status"] in OPEN]
-    for row in failed + unfinished:
+    for row in damaged + failed + unfinished:
         bits = bits_words(row["bits"]) if "bits" in row else ""
         name = " ".join(part for part in (row["model"], row["method"], bits, row["setting"]) if part)
         console.print(f"{name}: {row['error']}", highlight=False, soft_wrap=True)
     if failed:
         before = f", {left_alone} of them before, which were left alone" if left_alone else ""
         console.print(f"{len(failed)} of {len(rows)} cells failed{before}: retry_failed=true runs them again")
+    if damaged:
+        console.print(f"{len(damaged)} of {len(rows)} cells are damaged, and neither believed nor run again")
     if unfinished:
         console.print(
             f"{len(unfinished)} of {len(rows)} cells have not ended: the same command again goes on with them"
@@ -204,5 +212,5 @@ def _summarize(cells: list[Settings], left_alone: int, words: Sequence[str]) -> 
         [command_text(words, *["retry_failed=true"] * bool(failed), sweep=True)] if failed or unfinished else analysis
     )
     console.print("\nnext      " + "\n          ".join(again), highlight=False, soft_wrap=True)
-    if failed or unfinished:
+    if failed or unfinished or damaged:
         raise SystemExit(FAILED)

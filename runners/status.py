@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from runners.arguments import start
 from runners.console import console, duration
 from runners.errors import InputError, known_names
-from runners.results.metrics import EVALUATE_SECONDS, METRICS, OPEN, QUANTIZE_SECONDS, Status, model_words
+from runners.results.metrics import EVALUATE_SECONDS, METRICS, OPEN, QUANTIZE_SECONDS, Reason, Status, model_words
 from runners.results.progress import PROGRESS
 from runners.results.studies import chosen_study
 from runners.results.tables import cell_counts, cells_table
@@ -23,6 +23,9 @@ def main(
     rows = cells(results / study)
     if not_done := [row for row in rows if row["status"] != Status.DONE]:
         console.print(cells_table(not_done), soft_wrap=False)
+        for row in not_done:
+            if row.get("reason") == Reason.DAMAGED:  # on a line of its own: the table breaks the file's name
+                console.print(row["error"], highlight=False, soft_wrap=True)
     console.print(f"{results / study}: {cell_counts(rows)}; {time_left(rows)}", highlight=False, soft_wrap=True)
 
 

@@ -13,7 +13,7 @@ from runners.arguments import start
 from runners.console import console
 from runners.errors import InputError
 from runners.names import check_name
-from runners.results.metrics import ENDED, METRICS, Status
+from runners.results.metrics import ENDED, METRICS, Reason, Status
 from runners.results.progress import PROGRESS
 from runners.results.run_folder import RunFolder
 from runners.sweeps.cells import read_status
@@ -63,7 +63,9 @@ class Removable:
 def main(
     study: Annotated[str, "name of the study"],
     results: Annotated[Path, "folder of all studies"] = Path("results"),
-    runs: Annotated[Which, "which runs: failures; not_done, also those that could go on; all; none"] = "failures",
+    runs: Annotated[
+        Which, "failures; not_done, also those that could go on; all, also damaged ones; none"
+    ] = "failures",
     cache: Annotated[bool, "also what all studies share in the folder cache; it is computed again when needed"] = False,
     delete: Annotated[bool, "remove what is listed"] = False,
 ) -> None:
@@ -92,9 +94,12 @@ def removable_runs(study: Path, which: Which) -> Iterator[Removable]:
         return
     found = {file.parent for name in (METRICS, PROGRESS) for file in study.glob(f"*/*/{name}")}
     for folder in sorted(found):
-        status = Status(read_status(folder)["status"])
+        row = read_status(folder)
+        status, is_damaged = Status(row["status"]), row.get("reason") == Reason.DAMAGED
+        if is_damaged and which != "all":  # it is no failure: most of it may be sound, or be restored
+            continue
         if status != Status.RUNNING and status not in KEPT[which] and not _is_linked(folder):
-            yield Removable(folder, f"{status} run", is_run=True)
+            yield Removable(folder, "damaged run" if is_damaged else f"{status} run", is_run=True)
 
 
 def leftovers(study: Path, gone: Collection[Path]) -> Iterator[Removable]:

@@ -222,6 +222,53 @@ def test_a_damaged_block_is_done_again(
     assert ("is damaged" in caplog.text) == (damage != "gone")
 
 
+def exchange(one: Path, other: Path) -> None:
+    for suffix in (".safetensors", ".json"):
+        pair = one.with_suffix(suffix), other.with_suffix(suffix)
+        contents = [file.read_bytes() for file in pair]
+        for file, content in zip(pair, reversed(contents), strict=True):
+            file.write_bytes(content)
+
+
+@pytest.fixture
+def two_runs(toy_settings: ToySettings) -> tuple[Path, Path]:
+    """The finished blocks of two runs, two each."""
+    settings = [toy_settings(f"method={name}", "keep_checkpoint=true") for name in ("rtn", "gptq")]
+    for each in settings:
+        assert run_cell(each)["status"] == "done"
+    return settings[0].folder / resume.FOLDER, settings[1].folder / resume.FOLDER
+
+
+def resumed_blocks(checkpoint: Path, **options: bool) -> int:
+    identity = json.loads((checkpoint / "identity.json").read_text())
+    return FinishedBlocks(checkpoint.parent, identity).resume(**options)
+
+
+def test_blocks_that_were_exchanged_do_not_count(two_runs: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+    mine, others = two_runs
+    first, second = (mine / f"block-0000{index}" for index in (0, 1))
+    assert resumed_blocks(mine) == resumed_blocks(others) == 2
+    exchange(first, second)  # with their manifests: each file by itself is whole
+    assert resumed_blocks(mine) == resumed_blocks(mine, any_version=True) == 0
+    assert "(it is block 1, in the place of block 0)" in caplog.text
+    exchange(first, second)
+    exchange(second, others / second.name)
+    assert resumed_blocks(mine) == resumed_blocks(others) == 1
+    assert "(it is of another run)" in caplog.text
+
+
+def test_blocks_of_an_older_version_count_only_where_their_digest_is_compared(two_runs: tuple[Path, Path]) -> None:
+    mine, _ = two_runs
+    for manifest in mine.glob("block-*.json"):
+        content = json.loads(manifest.read_text())["content"]
+        del content["block"], content["run"]
+        manifest.write_text(json.dumps({"content": content, "checksum": resume._checksum(content)}))
+    assert resumed_blocks(mine) == 0
+    assert resumed_blocks(mine, any_version=True) == 2
+    exchange(mine / "block-00000", mine / "block-00001")
+    assert resumed_blocks(mine, any_version=True) == 0
+
+
 def test_finished_blocks_are_kept_only_on_demand(toy_settings: ToySettings, tmp_path: Path) -> None:
     kept = toy_settings("method=rtn", "keep_checkpoint=true", f"results={tmp_path / 'kept'}")
     gone = toy_settings("method=rtn", f"results={tmp_path / 'gone'}")

@@ -69,7 +69,7 @@ def test_a_protocol_needs_its_number_of_windows() -> None:
 
 def test_a_damaged_file_is_named_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text("{")
-    with pytest.raises(ValueError, match=r"metrics.json is damaged .*: run it again with force=true"):
+    with pytest.raises(ValueError, match=r"metrics.json is damaged .*: restore it, .* or run it again with force=true"):
         metrics.read(tmp_path / "metrics.json")
     with pytest.raises(FileNotFoundError):
         metrics.read(tmp_path / "none" / "metrics.json")

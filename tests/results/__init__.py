@@ -1,0 +1,1 @@
+"""Results on disk, and how damage to them is noticed."""
