@@ -58,7 +58,9 @@ def _of_windows(rows: list[Row], run: dict[str, Any]) -> Iterator[str]:
 
 
 def _of_layers(rows: list[Row], run: dict[str, Any]) -> Iterator[str]:
-    count = run.get(metrics.LAYER_COUNT, len(rows))
+    count = run.get(metrics.LAYER_COUNT)
+    if count is None:  # every run that the harness has finished says how many there are
+        return
     if len(rows) != count:
         yield f"it has {len(rows)} rows, and {metrics.LAYER_COUNT} in {METRICS} says {count}"
     solved = [row for row in rows if row.get("left_alone") != "True"]

@@ -1,5 +1,6 @@
 """The report of a study: its files, its page in a real browser, the command line, and the committed one."""
 
+import math
 import os
 import re
 import shutil
@@ -232,7 +233,7 @@ def test_names_and_messages_from_outside_are_text_in_every_format(tmp_path: Path
             "bits_per_weight": 3.0,
             "parameters": 9,
         }
-        text = {f"ppl/{HOSTILE}": 9.0, f"protocol/{HOSTILE}": "gptq", f"windows/{HOSTILE}": 3}
+        text = {f"ppl/{HOSTILE}": math.exp(2.0), f"protocol/{HOSTILE}": "gptq", f"windows/{HOSTILE}": 3}
         write_run(tmp_path, f"{method}; <i>", {HOSTILE: [1.0, 2.0, 3.0]}, **labels, **text, series=method)
     failed = {"model": HOSTILE, "method": "awq", "bits": 3, "status": "failed", "stage": "load"}
     write_run(tmp_path, "awq", None, **failed, error="one | two\n<script>alert(1)</script> [red]")

@@ -18,7 +18,7 @@ from analysis.tables.comparison import comparison
 from tests.studies import write_run, write_table
 
 LABELS: dict[str, Any] = {"model": "m", "status": "done", "bits_per_weight": 3.0}
-TEXT = {"protocol/t": "gptq", "windows/t": 1, "sha256/t": "0"}
+TEXT = {"protocol/t": "gptq", "windows/t": 40, "sha256/t": "0"}
 
 
 def put(study: Path, method: str, bits: int = 3, windows: Any = None, **more: Any) -> Path:

@@ -22,6 +22,8 @@ from runners.errors import InputError
 from runners.models.blocks import InMemoryModel, linear_layers
 from runners.project import ROOT
 from runners.quantization.finished_blocks import FinishedBlocks
+from runners.results.metrics import METRICS, read
+from runners.results.run_folder import RunFolder
 from tests.audit.conftest import MakeRun
 
 
@@ -155,7 +157,8 @@ def test_runs_that_cannot_be_audited(make_run: MakeRun, run_copy: Path, located:
 def test_a_run_that_failed(run_copy: Path, located: str) -> None:
     file = run_copy / "metrics.json"
     metrics = json.loads(file.read_text()) | {"status": "failed", "stage": "evaluate", "error": "no data"}
-    file.write_text(json.dumps(metrics))
+    file.unlink()
+    RunFolder(run_copy).write_metrics(metrics)
     assert "is failed (no data)" in refused(run_copy, located)
 
 
@@ -189,6 +192,8 @@ def test_weights_of_another_run(make_run: MakeRun, run_copy: Path, located: str)
 def test_a_damaged_configuration(run_copy: Path, located: str) -> None:
     file = run_copy / "config.yaml"
     file.write_text(file.read_text().replace("class: Text\n", "class: Novel\n"))
+    assert "config.yaml is damaged (" in refused(run_copy, located)
+    RunFolder(run_copy).write_metrics(read(run_copy / METRICS))
     assert "config.yaml cannot be read ('Novel')" in refused(run_copy, located)
 
 

@@ -49,7 +49,7 @@ def test_the_states_of_a_run(tmp_path: Path) -> None:
     assert read_status(folder)["status"] == "done"
     (folder / METRICS).write_text("{")
     assert read_status(folder)["status"] == "failed"
-    assert "cannot be read" in read_status(folder)["error"]
+    assert "is damaged" in read_status(folder)["error"]
 
 
 def test_looking_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:
