@@ -21,13 +21,14 @@ from runners.config.hydra_internals import launch, parse_arguments, run_here
 from runners.config.settings import Settings
 from runners.console import console
 from runners.errors import FAILED, INTERRUPTED, WRONG_INPUT, InputError
-from runners.results.metrics import OPEN, RELATIVE_ERROR, Reason, Status, bits_words
+from runners.results.metrics import OPEN, RELATIVE_ERROR, Reason, Status
 from runners.results.studies import remember
 from runners.results.tables import cells_table, command_text, failure_text, next_steps, results_table
 from runners.run.experiment import run_experiment
-from runners.sweeps.cells import describe_cells, read_status, register_cells
-from runners.sweeps.engines import prepared
+from runners.sweeps.cells import cell_name, describe_cells, read_status, register_cells
+from runners.sweeps.engines import prepared, runs_elsewhere
 from runners.sweeps.isolation import record_dead_runs, run_isolated, sigterm_as_interrupt
+from runners.sweeps.refusal import refuse_impossible
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,12 @@ def _start(main: Callable[[], Any]) -> None:
 
 
 def _run(command: CommandLine, multirun: bool) -> None:
-    if any(cell.execution.dry_run for cell in command.cells):
+    is_dry = any(cell.execution.dry_run for cell in command.cells)
+    is_run_here = not is_dry and not (multirun and runs_elsewhere(command.composed.hydra.launcher))
+    # A single run runs again what has failed, so what has failed does not keep it from being checked.
+    cells = command.cells if multirun else [cell.replace(retry_failed=True) for cell in command.cells]
+    refuse_impossible(cells, is_run_here)
+    if is_dry:
         console.print(cells_table(describe_cells(command.cells)))
         return
     remember(command.cells[0].study_folder)
@@ -194,9 +200,7 @@ def _summarize(cells: list[Settings], left_alone: int, words: Sequence[str]) -> 
     damaged = [row for row in rows if row.get("reason") == Reason.DAMAGED]
     unfinished = [row for row in rows if row["status"] in OPEN]
     for row in damaged + failed + unfinished:
-        bits = bits_words(row["bits"]) if "bits" in row else ""
-        name = " ".join(part for part in (row["model"], row["method"], bits, row["setting"]) if part)
-        console.print(f"{name}: {row['error']}", highlight=False, soft_wrap=True)
+        console.print(f"{cell_name(row)}: {row['error']}", highlight=False, soft_wrap=True)
     if failed:
         before = f", {left_alone} of them before, which were left alone" if left_alone else ""
         console.print(f"{len(failed)} of {len(rows)} cells failed{before}: retry_failed=true runs them again")

@@ -51,12 +51,13 @@ def why_not(error: Exception) -> str:
     return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
-def download_snapshot(path: str, revision: str | None) -> tuple[Path, str]:
+def download_snapshot(path: str, revision: str | None, patterns: list[str] = PATTERNS) -> tuple[Path, str]:
     """Download a repository of the hub, or find it in the hub's cache.
 
     Args:
         path: the repository, as `owner/name`.
         revision: branch, tag or commit; None: the main branch, or its conversion to safetensors where it has only pickles.
+        patterns: of the names of the files to download.
 
     Returns:
         The folder of the snapshot, and the commit that it is of.
@@ -75,7 +76,7 @@ def download_snapshot(path: str, revision: str | None) -> tuple[Path, str]:
             # A revision that the user named is taken as it is, so that it cannot be silently another one.
             if revision is None and not any(file.endswith(".safetensors") for file in files):
                 revision = _converted_revision(api, path)
-        folder = Path(snapshot_download(path, revision=revision, allow_patterns=PATTERNS))
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except InputError:
         raise
     except Exception as error:  # the client raises a dozen classes, those of its HTTP library among them

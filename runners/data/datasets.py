@@ -4,6 +4,7 @@ import logging
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runners.data.stdlib import Kind, Part, documents
 from runners.data.text_file import TextFile, json_rows
@@ -47,8 +48,24 @@ class HubDataset:
             InputError: a row is damaged; the message names its line.
         """
         if data_root is not None:
-            return self._read(self._file(data_root))
-        return self._download()
+            file = self._present(data_root)
+            return json_rows(file, file.read_bytes(), self.column)
+        loaded = self._load()
+        try:
+            return list(loaded[self.column])
+        except Exception as error:  # as for `_load`
+            raise self._unavailable(error) from error
+
+    def find(self, data_root: str | None) -> None:
+        """Look whether the rows can be had, without reading them. Of a hub that answers nothing is asked.
+
+        Raises:
+            MissingData: as for `rows`.
+        """
+        if data_root is not None:
+            self._present(data_root)
+        elif not hub_answers():
+            self._load()
 
     def version(self, data_root: str | None) -> str:
         """Which rows these are, for a run's digest: a fingerprint of the file, `missing`, or `hub`."""
@@ -60,33 +77,38 @@ class HubDataset:
     def _file(self, data_root: str) -> Path:
         return Path(data_root).expanduser() / self.folder / f"{self.split}.jsonl"
 
-    def _read(self, file: Path) -> list[str]:
+    def _present(self, data_root: str) -> Path:
+        """The file with the rows."""
+        file = self._file(data_root)
         if not file.is_file():
             raise MissingData(
                 f"the data set {self.folder} ({self.path}, {self.split}) is not in the data root: there is no {file}. "
                 "Put it there as JSON lines, or leave data_root out to take it from the hub"
             )
-        return json_rows(file, file.read_bytes(), self.column)
+        return file
 
-    def _download(self) -> list[str]:
+    def _load(self) -> Any:
+        """The data set as `datasets` keeps it: downloaded, or from its cache where the hub does not answer."""
         hub_answers()
         import datasets  # here, because it takes a second and a data root does not need it
 
         datasets.utils.disable_progress_bars()
         files = {self.split: self.data_file} if self.data_file else None
         try:
-            loaded = datasets.load_dataset(
+            return datasets.load_dataset(
                 self.path, self.config, data_files=files, split=self.split, revision=self.revision
             )
-            return list(loaded[self.column])
         except (
             Exception
         ) as error:  # the hub's client raises many unrelated classes: of its own, of HTTP, of the file system
-            raise MissingData(
-                f"the data set {self.folder} ({self.path}, {self.split}) cannot be had from the hub "
-                f"({why_not(error)}). Go online, or name a folder that holds {self.folder}/{self.split}.jsonl: "
-                f"data_root=FOLDER or QUANTEASE_DATA_ROOT"
-            ) from error
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: Exception) -> MissingData:
+        return MissingData(
+            f"the data set {self.folder} ({self.path}, {self.split}) cannot be had from the hub "
+            f"({why_not(error)}). Go online, or name a folder that holds {self.folder}/{self.split}.jsonl: "
+            f"data_root=FOLDER or QUANTEASE_DATA_ROOT"
+        )
 
 
 @dataclass(frozen=True)

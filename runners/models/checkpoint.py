@@ -11,11 +11,11 @@ from transformers.utils import logging as transformers_logging
 
 from runners.errors import InputError
 from runners.gguf_files.conversion import ENDING, converted, note_of
-from runners.hub import download_snapshot
+from runners.hub import download_snapshot, hub_answers
 from runners.models.blocks import decoder_blocks
 from runners.models.quantized_already import refuse_quantized
 from runners.models.shards import INDEX, WHOLE, Shards, weight_files
-from runners.models.verify import check_config, check_tensors, check_tokenizer, refuse_unused, tensor_names
+from runners.models.verify import MAX_COUNT, check_config, check_tensors, check_tokenizer, refuse_unused, tensor_names
 from runners.models.weight_names import match_names
 
 MAX_SEQUENCE_LENGTH = 2048  # tokens: the papers' convention for calibration and perplexity
@@ -109,6 +109,26 @@ def open_checkpoint(model: Model) -> Checkpoint:
     local = model.folder
     folder, revision = (local, None) if local else download_snapshot(model.path, model.revision)
     check_files(folder)
+    skeleton = _skeleton(folder)
+    return Checkpoint(folder, skeleton, revision, model.sequence_length or _sequence_length(skeleton.config))
+
+
+def model_skeleton(model: Model) -> Any:
+    """The model without its weights. Of a repository of the hub only `config.json` is downloaded, if the hub answers.
+
+    Raises:
+        InputError: as for `open_checkpoint`; what is wrong with weights that are still on the hub is not found.
+    """
+    if model.folder is not None or not hub_answers():
+        return open_checkpoint(model).skeleton
+    transformers_logging.set_verbosity_error()
+    folder, _ = download_snapshot(model.path, model.revision, ["config.json"])
+    check_config(folder, tensors=MAX_COUNT)
+    return _skeleton(folder)
+
+
+def _skeleton(folder: Path) -> Any:
+    """The model that a checked config.json describes, on the meta device."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
@@ -120,7 +140,7 @@ def open_checkpoint(model: Model) -> Checkpoint:
     if str(config.dtype or torch.float32).removeprefix("torch.") not in DTYPES:
         raise InputError(f"dtype in {folder}/config.json is {config.dtype}, not one of {', '.join(DTYPES)}")
     decoder_blocks(skeleton)
-    return Checkpoint(folder, skeleton, revision, model.sequence_length or _sequence_length(config))
+    return skeleton
 
 
 def load(checkpoint: Checkpoint, model: Model, device: torch.device) -> nn.Module:

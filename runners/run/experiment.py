@@ -78,6 +78,7 @@ def run_cell(settings: Settings, is_asked_for: bool = True) -> dict[str, Any]:
         _clear_leftovers(folder)
         return _skip(settings, ended, is_asked_for)
     check_writable(folder.path)
+    folder.path.mkdir(parents=True, exist_ok=True)
     if not is_asked_for and folder.is_running():
         log.info("waiting for %s: %s works on it", settings.run_name, owner_words(read_progress(folder.path)))
     with folder.lock(wait=not is_asked_for) as is_mine:

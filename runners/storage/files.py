@@ -75,16 +75,15 @@ def _not_written(path: Path, error: Exception) -> InputError:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse, before any work, a folder that results cannot be written to.
+    """Refuse, before any work, a folder that results cannot be written to. It leaves nothing behind, nor makes the folder.
 
     Raises:
         InputError: with the reason.
     """
-    probe = (
-        folder / f".writable-{os.getpid()}"
-    )  # only writing tells: permissions do not show quotas or read-only mounts
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        # Only writing tells: permissions do not show quotas or read-only mounts.
+        probe = there / f".writable-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -4,13 +4,13 @@ Nothing is kept in memory or in a service: any process on any machine that sees 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from runners.config.settings import Settings
 from runners.errors import InputError
-from runners.results.metrics import MODEL_PATH, Reason, Status, model_words
+from runners.results.metrics import MODEL_PATH, Reason, Status, bits_words, model_words
 from runners.results.progress import owner_words, progress_words, read_progress
 from runners.results.run_folder import RunFolder
 from runners.storage.files import write
@@ -23,6 +23,22 @@ def describe_cells(cells: Sequence[Settings]) -> list[dict[str, Any]]:
     """For each cell, once: its labels (method, model, bits, setting) and what `read_status` returns."""
     described = [label | read_status(folder) for folder, label in _labels(cells).items()]
     return [row | {"model": model} for row, model in zip(described, model_words(described), strict=True)]
+
+
+def cell_names(cells: Sequence[Settings]) -> dict[Path, str]:
+    """What each cell is called in a sentence, by its folder: `toy gptq 3 bits seed=1`."""
+    labels = _labels(cells)
+    models = model_words(list(labels.values()))
+    return {
+        folder: cell_name(label | {"model": model})
+        for (folder, label), model in zip(labels.items(), models, strict=True)
+    }
+
+
+def cell_name(row: Mapping[str, Any]) -> str:
+    """What a cell is called in a sentence, from its labels."""
+    bits = bits_words(row["bits"]) if "bits" in row else ""
+    return " ".join(part for part in (row["model"], row["method"], bits, row["setting"]) if part)
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -68,6 +84,7 @@ def register_cells(cells: Sequence[Settings]) -> None:
         labels = _labels(list((references | {cell.folder: cell for cell in mine}).values()))
         named = {folder.relative_to(study).as_posix(): label for folder, label in labels.items()}
         # Sweeps of one study may start at the same time: without the lock one could overwrite what another has added.
+        study.mkdir(parents=True, exist_ok=True)
         with file_lock(study / f".{CELLS}.lock", -1):
             write(study / CELLS, json.dumps(registered_cells(study) | named, indent=1) + "\n")
 

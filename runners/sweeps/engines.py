@@ -36,6 +36,14 @@ def prepared(launcher: DictConfig) -> Iterator[None]:
         yield
 
 
+def runs_elsewhere(launcher: DictConfig) -> bool:
+    """Whether the cells of a sweep run on other machines than this one, as under Slurm or on a Ray that runs already."""
+    target = str(launcher.get("_target_", ""))
+    if target.endswith(".ray_launcher.RayLauncher"):
+        return launcher.ray.init.get("address") != "local"
+    return target.endswith((".SlurmLauncher", ".RayAWSLauncher"))
+
+
 def _engine(target: str, launcher: DictConfig) -> AbstractContextManager[None]:
     if target.endswith(".ray_launcher.RayLauncher"):
         return _ray(launcher.ray.init)
