@@ -27,11 +27,17 @@ def describe_cells(cells: Sequence[Settings]) -> list[dict[str, Any]]:
 
 def cell_names(cells: Sequence[Settings]) -> dict[Path, str]:
     """What each cell is called in a sentence, by its folder: `toy gptq 3 bits seed=1`."""
-    labels = _labels(cells)
-    models = model_words(list(labels.values()))
+    # Of each model by itself: another model often comes with other data, which would be told with every cell.
+    models = dict.fromkeys(cell.run.model for cell in cells)
+    labels = {
+        folder: label
+        for model in models
+        for folder, label in _labels([cell for cell in cells if cell.run.model == model]).items()
+    }
+    names = model_words(list(labels.values()))
     return {
         folder: cell_name(label | {"model": model})
-        for (folder, label), model in zip(labels.items(), models, strict=True)
+        for (folder, label), model in zip(labels.items(), names, strict=True)
     }
 
 

@@ -1,11 +1,12 @@
 """Refuse a command of which a cell cannot work, before the first of its cells is started or written down anywhere."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from runners.config.settings import Settings
 from runners.errors import InputError
 from runners.results.run_folder import RunFolder
-from runners.run.input_check import input_problem
+from runners.run.input_check import input_problems
 from runners.sweeps.cells import cell_names
 
 NAMED = 4  # cells that are named with each problem; the others are counted
@@ -21,24 +22,30 @@ def refuse_impossible(cells: Sequence[Settings], is_run_here: bool) -> None:
         InputError: with all that is wrong, and the cells that it is wrong with.
     """
     unique = {cell.folder: cell for cell in cells}
-    found = {folder: problem for folder, cell in unique.items() if (problem := _problem(cell, is_run_here))}
+    found: dict[str, list[Path]] = {}  # by problem the cells that have it
+    for folder, cell in unique.items():
+        for problem in _problems(cell, is_run_here):
+            found.setdefault(problem, []).append(folder)
     if not found:
         return
-    names, problems = cell_names(list(unique.values())), list(dict.fromkeys(found.values()))
-    if len(found) == len(unique) and len(problems) == 1:
-        raise InputError(problems[0])
-    lines = [f"{len(found)} of {len(unique)} cells cannot work, so none was started:"]
-    for problem in problems:
-        theirs = [names[folder] for folder in found if found[folder] == problem]
-        more = f" and {len(theirs) - NAMED} more" if len(theirs) > NAMED else ""
-        lines.append(f"  {', '.join(theirs[:NAMED])}{more}: {problem}")
+    if all(len(theirs) == len(unique) for theirs in found.values()):
+        raise InputError("\n".join(found))
+    names = cell_names(list(unique.values()))
+    count = len({folder for theirs in found.values() for folder in theirs})
+    lines = [f"{count} of {len(unique)} cells cannot work, so none was started:"]
+    lines += [f"  {_words([names[folder] for folder in theirs])}: {problem}" for problem, theirs in found.items()]
     raise InputError("\n".join(lines))
 
 
-def _problem(cell: Settings, is_run_here: bool) -> str | None:
+def _words(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return "; ".join(names[:NAMED]) + more
+
+
+def _problems(cell: Settings, is_run_here: bool) -> list[str]:
     """What is wrong with the inputs of a cell, or of the reference that it still needs; nothing that is done needs any."""
     runs = [cell, cell.reference()] if cell.run.quantizes else [cell]
-    return next((problem for run in runs if _is_open(run) and (problem := input_problem(run, is_run_here))), None)
+    return next((problems for run in runs if _is_open(run) and (problems := input_problems(run, is_run_here))), [])
 
 
 def _is_open(run: Settings) -> bool:
