@@ -226,27 +226,35 @@ def test_a_reader_that_stops_reading_ends_the_program_quietly() -> None:
 
 def test_a_group_size_that_does_not_divide_names_the_layer(tmp_path: Path) -> None:
     start = time.monotonic()
-    answer = run("group_size=100", f"results={tmp_path}", "tracker=none")
-    assert answer.returncode == cli.FAILED
-    assert "group_size=100 does not divide the 192 inputs of self_attn." in answer.stdout + answer.stderr
-    assert "Traceback" not in answer.stdout + answer.stderr
+    answer = run("group_size=100", f"results={tmp_path / 'new'}")
+    assert answer.returncode == cli.WRONG_INPUT
+    assert answer.stdout == ""
+    assert answer.stderr.startswith("error: group_size=100 does not divide the 192 inputs of self_attn.")
+    assert answer.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
     assert time.monotonic() - start < 60
 
 
 def test_a_sweep_goes_on_after_a_failing_cell_and_exits_non_zero(
     tmp_path: Path, toy_model: Path, data_root: Path
 ) -> None:
-    toy = ["model=local", f"model.path={toy_model}", "calibration.num_sequences=4", "evaluation=wikitext2"]
-    sweep = ["method=fp16,rtn", "group_size=12,16", f"data_root={data_root}", f"results={tmp_path}", "tracker=none"]
+    toy = ["model=local", f"model.path={toy_model}", "calibration=wikitext2", "evaluation=wikitext2"]
+    sweep = [
+        "method=fp16,rtn",
+        "calibration.num_sequences=1000,4",
+        f"data_root={data_root}",
+        f"results={tmp_path}",
+        "tracker=none",
+    ]
     answer = run(*toy, *sweep, "-m")  # -m at the end, as people type it
     assert answer.returncode == cli.FAILED
     assert "Traceback" not in answer.stdout + answer.stderr
-    assert "group_size=12 does not divide the 32 inputs of self_attn." in answer.stdout
-    assert "1 of 3 cells failed" in answer.stdout  # fp16 is one cell: no grid touches it
+    assert "fewer than the 1000 sequences of 64" in answer.stdout  # which only tokenizing the text shows
+    assert "1 of 3 cells failed" in answer.stdout  # fp16 is one cell: no calibration touches it
     table = answer.stdout[answer.stdout.index("method") :]
     assert table.index("fp16") < table.index("rtn")
-    assert "group_size=12" in table
-    assert "group_size=16" in table
+    assert "num_sequences=1000" in table
+    assert "num_sequences=4" in table
     assert len(list(tmp_path.glob("runs/toy/rtn-3b-*/layers.csv"))) == 1
     assert (tmp_path / ".last_study").read_text() == "runs"
 
