@@ -291,7 +291,8 @@ def test_no_hub_and_no_folder_is_one_sentence_within_seconds(arguments: list[str
     start = time.monotonic()
     answer = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, env=environment)
     printed = answer.stdout + answer.stderr
-    assert answer.returncode == 1
+    assert answer.returncode == WRONG_INPUT
+    assert not (tmp_path / "results").exists()
     assert named in printed
     assert "Go online, or" in printed
     assert ("data_root=FOLDER" in printed) or ("model.path=FOLDER" in printed)
