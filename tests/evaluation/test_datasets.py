@@ -21,6 +21,7 @@ from runners.data.datasets import Dataset, HubDataset, StandardLibrary
 from runners.data.stdlib import SHARES, Part, documents, part_of
 from runners.data.token_ids import ids_hash
 from runners.data.windows import Text, cut_windows
+from runners.errors import WRONG_INPUT
 from runners.evaluation.likelihood import perplexity, window_losses
 from runners.run.experiment import run_cell
 from tests.conftest import PROJECT, SHARED, TOKENIZER, ToySettings, write_rows

@@ -113,7 +113,6 @@ def test_a_cell_that_takes_too_long_is_stopped(toy_settings: ToySettings) -> Non
 
 def test_an_error_that_has_nowhere_to_go_comes_back_as_itself(toy_settings: ToySettings, tmp_path: Path) -> None:
     settings = toy_settings("method=rtn")
-    (tmp_path / "results").rename(tmp_path / "moved")
     (tmp_path / "results").write_text("a file where the folder should be")
     with pytest.raises(InputError, match="nothing can be written to"):
         run_isolated(settings)

@@ -145,7 +145,7 @@ def test_inputs_are_opened_once_for_all_cells(toy_settings: ToySettings, monkeyp
 def test_a_text_that_may_be_skipped_may_be_missing(toy_settings: ToySettings) -> None:
     words = ["method=rtn", "calibration=stdlib", "evaluation=wikitext2", "data_root=/nowhere"]
     refuse_impossible([toy_settings(*words, "evaluation.skip_missing=true")], is_run_here=True)
-    with pytest.raises(InputError, match="the data set c4 .allenai/c4, train. is not in the data root"):
+    with pytest.raises(InputError, match=r"the data set c4 \(allenai/c4, train\) is not in the data root"):
         refuse_impossible(
             [toy_settings(*words[:1], "calibration=c4", *words[2:], "evaluation.skip_missing=true")], is_run_here=True
         )
