@@ -48,6 +48,7 @@ def refused(
         kept = [word for word in toy if word.partition("=")[0] not in {other.partition("=")[0] for other in words}]
         monkeypatch.setattr(sys, "argv", ["run.py", *kept, f"results={results}", *words])
         before = sorted(results.rglob("*"))
+        capsys.readouterr()  # what the test itself has printed, as a run does
         with pytest.raises(SystemExit) as leaving:
             cli.start(lambda: pytest.fail("nothing may run"))
         assert leaving.value.code == cli.WRONG_INPUT
