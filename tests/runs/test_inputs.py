@@ -190,7 +190,7 @@ def test_results_that_cannot_be_written(tmp_path: Path) -> None:
 def test_damaged_metrics_are_not_taken_for_a_result(tmp_path: Path) -> None:
     for content in ("", "{", "[]", '{"no": "status"}'):
         (tmp_path / METRICS).write_text(content)
-        with pytest.raises(InputError, match="delete it to run this again, or use force=true"):
+        with pytest.raises(InputError, match=r"is damaged .*: restore it, .* force=true"):
             RunFolder(tmp_path).metrics()
 
 
