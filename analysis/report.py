@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -17,6 +18,7 @@ from analysis.correlation import correlations, run_errors
 from analysis.figures import size_figures
 from analysis.figures.energy import ENERGY_CAPTION, token_energy
 from analysis.figures.error_figures import ERRORS_CAPTION, errors_and_kl
+from analysis.figures.interactive import interactive_pareto
 from analysis.figures.layer_figures import layer_errors, sweep_errors
 from analysis.figures.pareto import pareto
 from analysis.figures.points import LeftOut
@@ -29,6 +31,7 @@ from analysis.tables.comparison import comparison_of, markdown, markdown_lines
 from analysis.tables.correlations import correlation_latex, correlation_markdown, correlation_words
 from analysis.tables.latex import latex
 from analysis.tables.page import Report, page
+from analysis.tables.summary import summary_sentences
 from runners.results import metrics
 from runners.results.metrics import Status, grid_words
 
@@ -59,12 +62,14 @@ def write_report(
     figures, left_out = _draw(frame, summary, runs)
     report = Report(
         study=home(studies).resolve().name,
+        sentences=summary_sentences(summary, pairs),
         conditions=dict(conditions or {}),
         comparison=comparison_of(summary, bold),
         papers=[papers.paper_table(summary, metric, bold, published) for metric in papers.table_metrics(summary)],
         intervals=ratios_to_lowest(summary, pairs),
         correlations=correlation_words(correlated),
         figures=figures,
+        charts=_charts(summary),
         left_out=left_out,
         missing=_missing(frame),
         provenance=_provenance(frame),
@@ -99,6 +104,17 @@ def _draw(
     return figures, left_out
 
 
+def _charts(summary: list[Row]) -> dict[str, list[dict[str, Any]]]:
+    """For the file of every figure that the page shows in an interactive form too: one chart per text."""
+    models = dict.fromkeys(row["model"] for row in summary)
+    found = {_pareto_file(model): list(interactive_pareto(summary, model).values()) for model in models}
+    return {file: charts for file, charts in found.items() if charts}
+
+
+def _pareto_file(model: str) -> str:
+    return f"pareto-{model}.png"
+
+
 def _drawings(
     frame: pd.DataFrame, summary: list[Row], runs: pd.DataFrame
 ) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
@@ -107,7 +123,7 @@ def _drawings(
     bits_title = "Perplexity against bits per weight (mean and standard deviation over seeds)"
     models = list(dict.fromkeys(row["model"] for row in summary))
     for model in models:
-        yield f"pareto-{model}.png", f"{bits_title}, {model}", partial(pareto, summary, model)
+        yield _pareto_file(model), f"{bits_title}, {model}", partial(pareto, summary, model)
     yield "size.png", "Perplexity against model size", partial(size_figures.against_size, summary)
     for model in models:
         errors = partial(layer_errors, summary, layers, model)

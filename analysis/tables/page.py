@@ -1,6 +1,8 @@
-"""The page of a report: plain HTML with relative links to its figures and runs, and nothing from elsewhere.
+"""The page of a report: one HTML file with relative links to its figures and runs, and nothing from elsewhere.
 
-`templates/page.html` has the order of its sections; text is escaped there, whatever it comes from.
+`templates/page.html` has the order of its sections; text is escaped there, whatever it comes from. Tables and figures are
+plain HTML and PNG, which the embedded libraries (see `libraries`) make sortable and zoomable; without JavaScript they stay
+as they are. The page's own security policy forbids every request but those for its images.
 """
 
 import re
@@ -13,7 +15,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from analysis.intervals import LOWEST_NOTE
-from analysis.tables import correlations
+from analysis.tables import correlations, libraries
 from analysis.tables.comparison import notes
 from analysis.tables.papers import PaperTable, layout
 
@@ -28,6 +30,8 @@ LEFT = (
     "device",
     "commit",
 )  # columns of words; numbers go right
+PICKED = ("model", "method", "bits", "grid", "device")  # columns whose heads offer their values to choose from
+FIRST = "method"  # the column that stays in view, where there is one
 GROUPED_BY = ("model", "bits", "grid")  # a line separates rows that differ in one of these
 
 
@@ -36,12 +40,14 @@ class Report:
     """Everything that a report shows."""
 
     study: str
+    sentences: list[str]  # what the study says, in short
     conditions: dict[str, str]  # which runs, as written on the command line
     comparison: pd.DataFrame
     papers: list[PaperTable]
     intervals: pd.DataFrame
     correlations: pd.DataFrame  # in words; empty where too few runs have a KL divergence
     figures: dict[str, tuple[str, Figure]]  # for each file: its caption and the figure
+    charts: dict[str, list[dict[str, Any]]]  # for some files: what shows the same to zoom, as Vega-Lite specifications
     left_out: list[str]  # figures that the study has no numbers for, each with the reason
     missing: pd.DataFrame  # runs that are not done, and metrics that were skipped
     provenance: pd.DataFrame
@@ -56,7 +62,17 @@ class PageTable:
 
     def css_class(self, name: str) -> str:
         """The classes of a column: `l` for left, `w` for one that wraps."""
-        return "l w" if name == "why" else "l" if name in LEFT else ""
+        left = ["l"] if name in LEFT else []
+        return " ".join(left + ["w"] * (name == "why") + ["pick"] * (name in PICKED))
+
+    def order(self, name: str, entry: Any) -> float | str | None:
+        """What a column of numbers is sorted by; gaps come first. None for words."""
+        if name in LEFT:
+            return None
+        if isinstance(entry, dict):
+            return entry["value"]
+        number = re.match(r"\W*?(-?\d+(\.\d+)?(e[+-]?\d+)?)", entry.replace("−", "-"))
+        return number[1] if number else -1e9
 
     def group(self, row: list[Any]) -> list[Any]:
         """The entries that rows of one group have in common."""
@@ -73,8 +89,13 @@ def page(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters["bold"] = _bold
+    tables, style = libraries.datatables()
     return environment.get_template("page.html").render(
         report=report,
+        contents=[],  # filled by the template with the titles of its sections
+        library_tables=Markup(tables),  # scripts and styles of ours are not escaped
+        library_style=Markup(style),
+        library_figures=Markup(libraries.vega()) if report.charts else "",
         comparison=_frame(report.comparison),
         comparison_notes=notes(report.comparison),
         papers=[(table, PageTable(*layout(table, lambda entry: entry))) for table in report.papers],
@@ -89,7 +110,8 @@ def page(report: Report) -> str:
 
 
 def _frame(table: pd.DataFrame) -> PageTable:
-    return PageTable(list(table.columns), [[_words(entry) for entry in row] for row in table.to_numpy().tolist()])
+    names = sorted(table.columns, key=lambda name: name != FIRST)  # the others keep their order
+    return PageTable(names, [[_words(entry) for entry in row] for row in table[names].to_numpy().tolist()])
 
 
 def _words(entry: object) -> str:
