@@ -34,6 +34,8 @@ SHAPES = {  # of matplotlib's markers, by Vega's names or as paths
 TOOLTIP = ("method", "bits", "grid", "bits per weight", "perplexity", "seeds", "run folder")
 MARGIN = 1.05  # of the axes, beyond the outermost points: a factor of perplexities
 
+LEGEND = "method (click hides it)"
+
 Spec = dict[str, Any]
 
 
@@ -101,7 +103,12 @@ def _y(low: float, high: float) -> Spec:
 
 def _x() -> Spec:
     title = "bits per weight, everything stored"
-    return {"field": "x", "type": "quantitative", "scale": {"zero": False, "padding": 15}, "title": title}
+    return {
+        "field": "x",
+        "type": "quantitative",
+        "scale": {"zero": False, "nice": False, "padding": 15},
+        "title": title,
+    }
 
 
 def _front(steps: list[Spec]) -> Spec:
@@ -122,7 +129,7 @@ def _bars(values: list[Spec]) -> Spec:
         "data": {"values": values},
         "transform": HIDE,
         "mark": {"type": "rule", "clip": True},
-        "encoding": {"x": _x(), **ends, "color": {"field": "method", "type": "nominal"}},
+        "encoding": {"x": _x(), **ends, "stroke": {"field": "method", "type": "nominal", "title": LEGEND}},
     }
 
 
@@ -131,7 +138,7 @@ def _points(values: list[Spec], rows: list[Row]) -> Spec:
     labels = list(look)
     colors = {"domain": labels, "range": [color for color, _ in look.values()]}
     shapes = {"domain": labels, "range": [SHAPES[marker] for _, marker in look.values()]}
-    method: Spec = {"field": "method", "type": "nominal", "title": "method (click hides it)"}
+    method: Spec = {"field": "method", "type": "nominal", "title": LEGEND}
     return {
         "data": {"values": values},
         "transform": HIDE,
@@ -143,8 +150,8 @@ def _points(values: list[Spec], rows: list[Row]) -> Spec:
         "encoding": {
             "x": _x(),
             "y": {"field": "y", "type": "quantitative"},
-            "color": method | {"scale": colors},
-            "stroke": method | {"scale": colors, "legend": None},
+            "fill": method | {"scale": colors},
+            "stroke": method | {"scale": colors},
             "shape": method | {"scale": shapes},
             "fillOpacity": {"condition": {"test": "datum.hollow", "value": 0}, "value": 1},
             "tooltip": [{"field": name, "type": "nominal"} for name in TOOLTIP],

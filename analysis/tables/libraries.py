@@ -34,5 +34,5 @@ def datatables() -> tuple[str, str]:
 
 
 def _embeddable(script: str) -> str:
-    """The script without what would end or reopen its element in HTML; in a string or pattern, backslash-slash is a slash."""
+    """The script without what would end its element in HTML; in a string or a pattern, backslash and slash are a slash."""
     return re.sub(r"<(/script|!--)", r"<\\\1", script, flags=re.IGNORECASE)

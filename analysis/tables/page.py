@@ -65,14 +65,14 @@ class PageTable:
         left = ["l"] if name in LEFT else []
         return " ".join(left + ["w"] * (name == "why") + ["pick"] * (name in PICKED))
 
-    def order(self, name: str, entry: Any) -> float | str | None:
+    def order(self, name: str, entry: Any) -> str | None:
         """What a column of numbers is sorted by; gaps come first. None for words."""
         if name in LEFT:
             return None
         if isinstance(entry, dict):
-            return entry["value"]
+            return f"{entry['value']:.6g}"
         number = re.match(r"\W*?(-?\d+(\.\d+)?(e[+-]?\d+)?)", entry.replace("−", "-"))
-        return number[1] if number else -1e9
+        return number[1] if number else "-1e9"
 
     def group(self, row: list[Any]) -> list[Any]:
         """The entries that rows of one group have in common."""

@@ -11,6 +11,7 @@ from analysis.series import Row
 from runners.results.metrics import BITS_PER_WEIGHT, bits_words, ppl
 
 NOTHING = "No two methods of this study can be ranked: that takes the same model, bits, grid and windows, and like bits per weight."
+TELLING = 3  # bits, where methods separate and models still work: told first of groups that are equally large
 
 
 def summary_sentences(summary: list[Row], pairs: list[Pair]) -> list[str]:
@@ -32,14 +33,14 @@ def summary_sentences(summary: list[Row], pairs: list[Pair]) -> list[str]:
 
 
 def _largest_group(pairs: list[Pair]) -> list[Row]:
-    """The series with the most rivals, and these; of several the one with more seeds, then with fewer bits."""
+    """The series with the most rivals, and these; of several the one with more seeds, then near 3 bits."""
     rivals: dict[str, dict[str, Row]] = defaultdict(dict)
     rows: dict[str, Row] = {}
     for pair in (pair for pair in pairs if pair.rivals):
         for one, other in ((pair.first, pair.other), (pair.other, pair.first)):
             rows[one["series"]] = one
             rivals[one["series"]][other["series"]] = other
-    center = max(rows, key=lambda name: (len(rivals[name]), rows[name]["seeds"], -rows[name]["bits"]))
+    center = max(rows, key=lambda name: (len(rivals[name]), rows[name]["seeds"], -abs(rows[name]["bits"] - TELLING)))
     return [rows[center], *rivals[center].values()]
 
 
@@ -55,7 +56,7 @@ def _told(text: str, group: list[Row], pairs: list[Pair], summary: list[Row]) ->
     head += f"of the {len(order)} methods that store {stored} bits per weight, "
     lead = _lead(ratios[first["series"], second["series"]], f"{first[ppl(text)]:.2f}", f"{second[ppl(text)]:.2f}")
     lower = _lower_at_more_bits(first, {row["series"] for row in group}, text, summary)
-    return [f"{head}{lead}{lower} {_seeds(first, second)}"]
+    return [f"{head}{lead}{lower} {_seeds(first, second)}".replace(" %", "\u00a0%")]
 
 
 def _lead(pair: Pair, lowest: str, next_lowest: str) -> str:
@@ -74,7 +75,7 @@ def _lead(pair: Pair, lowest: str, next_lowest: str) -> str:
 
 
 def _lower_at_more_bits(first: Row, group: set[str], text: str, summary: list[Row]) -> str:
-    """The lowest of the others with the same model, bits and grid, if it is lower still: it stores another number of bits."""
+    """The lowest of the others with the same model, bits and grid, if it is lower still; it stores more or fewer bits."""
     alike = [row for row in summary if all(row[name] == first[name] for name in ("model", "bits", "grid"))]
     others = [row for row in alike if row["series"] not in group and row.get(ppl(text), 1e999) < first[ppl(text)]]
     if not others:
