@@ -72,7 +72,7 @@ def _figure(rows: list[Row], text: str, protocol: str) -> Spec:
             _bars(values),
             _points(values, points),
         ],
-        "config": {"legend": {"orient": "bottom", "columns": 3, "labelLimit": 180}, "font": "system-ui, sans-serif"},
+        "config": {"legend": {"orient": "bottom", "columns": 2, "labelLimit": 160}, "font": "system-ui, sans-serif"},
     }
 
 

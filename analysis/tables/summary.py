@@ -10,7 +10,10 @@ from analysis.intervals import Pair
 from analysis.series import Row
 from runners.results.metrics import BITS_PER_WEIGHT, bits_words, ppl
 
-NOTHING = "No two methods of this study can be ranked: that takes the same model, bits, grid and windows, and like bits per weight."
+NOTHING = (
+    "No two methods of this study can be ranked: that takes the same model, bits, grid and windows, "
+    "and like bits per weight."
+)
 TELLING = 3  # bits, where methods separate and models still work: told first of groups that are equally large
 
 

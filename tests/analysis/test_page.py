@@ -1,4 +1,4 @@
-"""The page of a report in headless Chromium, as a reader uses it: sort, filter, point, zoom, hide; on a phone; in the dark."""
+"""The page of a report in headless Chromium, as readers use it: sort, filter, point, zoom, hide; on phones, in the dark."""
 
 import re
 import shutil
