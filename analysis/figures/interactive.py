@@ -57,7 +57,7 @@ def _figure(rows: list[Row], text: str, protocol: str) -> Spec:
     low = min([low, *(line["y"] for line in full)])
     steps = [{"x": row[BITS_PER_WEIGHT], "y": row[ppl(text)]} for row in front(points, ppl(text))]
     return {
-        "title": f"{rows[0]['model']}: {text} (protocol {protocol})",
+        "title": {"text": f"{rows[0]['model']}: {text}", "subtitle": f"protocol {protocol}"},
         "width": "container",
         "height": 420,
         "background": "white",
