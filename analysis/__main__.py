@@ -16,15 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import pandas as pd
-
 from analysis.collect import collect
 from analysis.intervals import compare_runs
 from analysis.report import write_report
 from analysis.tables.comparison import comparison, markdown
 from runners.arguments import start
 from runners.errors import InputError, known_names
-from runners.results.metrics import CALIBRATION_NOTE, METRICS, Status, status_counts
+from runners.results.metrics import METRICS, Status, status_counts
 from runners.results.studies import chosen_study
 
 RESULTS = Path("results")
@@ -48,8 +46,6 @@ def table(studies: Studies = (), /, **conditions: Conditions) -> None:
     print(markdown(comparison(frame)))
     if set(frame["status"]) != {Status.DONE}:
         print(f"\nOf {len(frame)} runs: {status_counts(frame['status'])}. The table shows those that are done.")
-    for note in _calibration_notes(frame):
-        print(f"\n{note}")
     if not conditions:
         _report(folders, conditions)
 
@@ -61,14 +57,6 @@ def report(studies: Studies = (), /, **conditions: Conditions) -> None:
 
 def _report(folders: list[Path], conditions: dict[str, str]) -> None:
     print(f"\nAll tables and figures: {write_report(folders, conditions) / 'index.html'}")
-
-
-def _calibration_notes(frame: pd.DataFrame) -> list[str]:
-    """What must be said of texts that were calibrated on, each with the methods that it concerns."""
-    if CALIBRATION_NOTE not in frame:
-        return []
-    concerned = frame[frame[CALIBRATION_NOTE].notna()].groupby(CALIBRATION_NOTE, sort=True)["method"]
-    return [f"{', '.join(sorted(set(methods)))}: {note}" for note, methods in concerned]
 
 
 def compare(first: Run, second: Run, /) -> None:

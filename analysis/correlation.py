@@ -22,7 +22,7 @@ from scipy.special import ndtr, stdtrit
 
 from analysis.bootstrap import LEVEL, RESAMPLES, Floats
 from analysis.series import LAYER_ERRORS, Row
-from runners.results.metrics import OWN_GRID, REFERENCE, agreement, group_words, names
+from runners.results.metrics import CHECKPOINT_SHA256, OWN_GRID, REFERENCE, agreement, group_words, names
 
 LEAST_RUNS = 4  # of three, every sixth order is perfect by chance
 # Of four series the widened quantiles would be those of 1 resample in 8,000, and every 64th draws one series alone.
@@ -47,6 +47,8 @@ class Correlation:
 def run_errors(frame: pd.DataFrame, summary: list[Row]) -> pd.DataFrame:
     """One row per quantized run and text on which its KL divergence is known.
 
+    Series of one and the same quantized model count once, as the first of them: the calibration of RTN changes no weight.
+
     Columns: `model`, `text`, `series`, `label`, `bits`, `group` (its size in words), `kl`, and the keys of `LAYER_ERRORS`,
     NaN where a run does not have that error.
 
@@ -57,13 +59,22 @@ def run_errors(frame: pd.DataFrame, summary: list[Row]) -> pd.DataFrame:
     texts = dict.fromkeys(name.split("/")[0] for name in names(frame.columns, "agreement"))
     runs = frame.set_index("folder")
     rows = []
-    for row in (row for row in summary if row["method"] != REFERENCE):
+    for row in _of_different_weights(summary):
         named = {name: row[name] for name in ("model", "series", "label", "bits")} | {"group": _group(row)}
         for run in runs.loc[row["folders"]].to_dict("records"):
             errors = {key: run.get(key, np.nan) for key in LAYER_ERRORS}
             rows += [named | {"text": text, "kl": run.get(agreement(text, "kl"), np.nan)} | errors for text in texts]
     columns = ["model", "text", "series", "label", "bits", "group", "kl", *LAYER_ERRORS]
     return pd.DataFrame(rows, columns=pd.Index(columns)).dropna(subset=["kl"]).reset_index(drop=True)
+
+
+def _of_different_weights(summary: list[Row]) -> list[Row]:
+    """The quantized series, without those whose weights are bit for bit those of an earlier one of the model."""
+    found: dict[tuple[str, ...], Row] = {}
+    for row in (row for row in summary if row["method"] != REFERENCE):
+        weights = row.get(CHECKPOINT_SHA256)  # of its first run; absent from results that do not tell
+        found.setdefault((row["model"], "series", row["series"]) if weights is None else (row["model"], weights), row)
+    return list(found.values())
 
 
 def correlations(runs: pd.DataFrame) -> pd.DataFrame:

@@ -5,11 +5,11 @@ import math
 import pandas as pd
 
 from analysis.intervals import BOLD_NOTE, SeriesText, compare_peers, window_losses, winners
-from analysis.series import LAYER_ERRORS, Row, all_keys, model_notes, summarize
-from runners.results.metrics import BITS_PER_WEIGHT, REFERENCE, names, ppl
+from analysis.series import LAYER_ERRORS, Row, all_keys, summarize
+from analysis.tables.notes import CALIBRATED_WITH, RAISED, bos_differs, mark_notes, row_notes, stored_words
+from runners.results.metrics import BITS_PER_WEIGHT, CALIBRATION_BOS, FAR_MORE_BITS, REFERENCE, names, ppl
 
-RAISED = " †"  # after the name of a method that had to raise its damping in some layer
-RAISED_NOTE = "† damping was raised in some layers because the factorization failed: see their layers.csv"
+WORDS = ("model", "method", "grid", "group size", "text", CALIBRATED_WITH)  # columns that are aligned left
 
 
 def comparison(frame: pd.DataFrame) -> pd.DataFrame:
@@ -26,7 +26,7 @@ def comparison_of(summary: list[Row], bold: set[SeriesText]) -> pd.DataFrame:
     """One row per series: bits per weight, perplexities and layer errors, as mean ± standard deviation over the seeds.
 
     Layer errors are those on the calibration data and, where they were measured, on held-out data (see `LAYER_ERRORS`).
-    The number of seeds is shown where it is not the same for all.
+    The number of seeds is shown where it is not the same for all, and so is the place of BOS in the calibration sequences.
 
     Args:
         summary: the series, from `analysis.series.summarize`.
@@ -38,7 +38,9 @@ def comparison_of(summary: list[Row], bold: set[SeriesText]) -> pd.DataFrame:
     # The unquantized model does not count: it has neither calibration nor seeds.
     if len({row["seeds"] for row in summary if row["bits"] is not None}) < 2:
         del table["seeds"]
-    table.attrs["models"] = model_notes(summary)
+    if not bos_differs(summary):
+        del table[CALIBRATED_WITH]
+    table.attrs["remarks"] = row_notes(summary)
     return table
 
 
@@ -49,7 +51,8 @@ def _row(row: Row, texts: list[str], errors: list[str], bold: set[SeriesText]) -
         "bits": f"{row['bits']:g}" if quantized else "",
         "grid": row["grid"],
         "method": row["label"] + RAISED * row["damping_raised"],
-        "bits per weight": f"{row[BITS_PER_WEIGHT]:.2f}",
+        CALIBRATED_WITH: row.get(CALIBRATION_BOS, "") if quantized else "",
+        "bits per weight": stored_words(row, f"{row[BITS_PER_WEIGHT]:.2f}"),
     }
     for text in texts:
         words = spread(row, ppl(text), 2)
@@ -76,7 +79,7 @@ def markdown_lines(table: pd.DataFrame) -> str:
     """A table of text in GitHub's Markdown, without notes; what is not a name is aligned right."""
     if table.empty:
         return ""
-    align = ["left" if name in ("model", "method", "grid", "group size", "text") else "right" for name in table.columns]
+    align = ["left" if name in WORDS else "right" for name in table.columns]
     # Without numparse, which would print 3.00 as 3.
     safe = table.map(markdown_text).set_axis([markdown_text(str(name)) for name in table.columns], axis=1)
     return safe.to_markdown(index=False, disable_numparse=True, colalign=align)
@@ -91,4 +94,5 @@ def notes(table: pd.DataFrame) -> list[str]:
     """The notes that explain the marks of a table, for those marks that it has, and those about its models."""
     raised = bool(table["method"].str.endswith(RAISED).any())
     bold = any(table[name].str.startswith("**").any() for name in table.columns)
-    return [BOLD_NOTE] * bold + [RAISED_NOTE] * raised + table.attrs.get("models", [])
+    far_more = bool(table["bits per weight"].str.startswith(FAR_MORE_BITS).any())
+    return [BOLD_NOTE] * bold + mark_notes(raised, far_more) + table.attrs.get("remarks", [])

@@ -27,6 +27,7 @@ LEFT = (
     "text",
     "what",
     "why",
+    "calibration.bos",
     "device",
     "commit",
 )  # columns of words; numbers go right

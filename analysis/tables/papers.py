@@ -15,8 +15,18 @@ import pandas as pd
 from analysis.intervals import BOLD_NOTE, SeriesText
 from analysis.published import comparable
 from analysis.series import Row, all_keys, model_notes, protocol_of
-from analysis.tables.comparison import RAISED, RAISED_NOTE, markdown_lines, markdown_text, spread
-from runners.results.metrics import BITS_PER_WEIGHT, KL_FLOOR, MEASURED_HOW, agreement, names, ppl, zero_shot_parts
+from analysis.tables.comparison import markdown_lines, markdown_text, spread
+from analysis.tables.notes import RAISED, bos_notes, calibration_notes, mark_notes, stored_words
+from runners.results.metrics import (
+    BITS_PER_WEIGHT,
+    KL_FLOOR,
+    MEASURED_HOW,
+    agreement,
+    names,
+    ppl,
+    stores_far_more,
+    zero_shot_parts,
+)
 
 SUPERSCRIPTS = "ᵃᵇᶜᵈᵉᶠᵍʰ"  # one per source of published numbers
 PERCENT = ("acc", "top1", "exact_match")  # how the names of shares begin; tables show them in per cent
@@ -49,7 +59,7 @@ class PaperTable:
     models: list[str]  # the columns
     entries: list[Entry]
     sources: list[str]  # of the published numbers, in the order of their superscripts
-    remarks: list[str]  # about the models
+    remarks: list[str]  # about the models and what was calibrated on
 
     @property
     def notes(self) -> list[str]:
@@ -57,8 +67,9 @@ class PaperTable:
         marked = [f"{mark} published: {source}" for mark, source in zip(SUPERSCRIPTS, self.sources, strict=False)]
         brackets = ["In brackets: the published number, and ours minus it."] * bool(marked)
         bold = [BOLD_NOTE] * any(entry["bold"] for entry in self.entries)
-        raised = [RAISED_NOTE] * any(entry["damping_raised"] for entry in self.entries)
-        return brackets + marked + bold + raised + self.remarks
+        raised = any(entry["damping_raised"] for entry in self.entries)
+        far_more = any(stores_far_more(entry) for entry in self.entries)
+        return brackets + marked + bold + mark_notes(raised, far_more) + self.remarks
 
 
 def table_metrics(summary: list[Row]) -> list[Metric]:
@@ -100,7 +111,13 @@ def paper_table(summary: list[Row], metric: Metric, bold: set[SeriesText], publi
     sources = list(dict.fromkeys(_source(number) for numbers in others for number in numbers))
     entries = [_entry(row, metric, bold, numbers, sources) for row, numbers in zip(order, others, strict=True)]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    return PaperTable(metric, models, entries, sources, [*_noise_floors(rows, summary, metric), *model_notes(rows)])
+    return PaperTable(metric, models, entries, sources, _remarks(rows, summary, metric))
+
+
+def _remarks(rows: list[Row], summary: list[Row], metric: Metric) -> list[str]:
+    on_text = metric.text is not None or bool(names([metric.key], "agreement"))
+    calibrated = calibration_notes(rows) if on_text else []  # which say of texts that they were calibrated on
+    return [*_noise_floors(rows, summary, metric), *model_notes(rows), *calibrated, *bos_notes(rows)]
 
 
 def _noise_floors(rows: list[Row], summary: list[Row], metric: Metric) -> list[str]:
@@ -161,8 +178,9 @@ def layout(table: PaperTable, write: Callable[[Entry], Any]) -> tuple[list[str],
         # Bits per weight depend on the shapes of a model's layers: a range over the models of the row.
         stored = [f"{entry[BITS_PER_WEIGHT]:.2f}" for entry in entries.values()]
         between = "–".join(dict.fromkeys([min(stored, key=float), max(stored, key=float)]))
+        most = max(entries.values(), key=lambda entry: entry[BITS_PER_WEIGHT])
         numbers = [write(entries[model]) if model in entries else "" for model in table.models]
-        written.append([method + raised, bits, grid, between, *numbers])
+        written.append([method + raised, bits, grid, stored_words(most, between), *numbers])
     return ["method", "bits", "grid", "bits per weight", *table.models], written
 
 

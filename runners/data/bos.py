@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from runners.data.token_ids import begins_with_special_token
 from runners.errors import InputError
+from runners.results.metrics import BOS_IN_EVERY_WINDOW, NO_BOS
 
 AUTO, TEXT, WINDOW, NONE = "auto", "text", "window", "none"
 SETTINGS = (AUTO, TEXT, WINDOW, NONE)
@@ -54,8 +55,8 @@ def resolve_bos(bos: str, tokenizer: PreTrainedTokenizerBase, model_type: str) -
 def deviation(bos: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """What the name of a protocol says of `bos` (resolved) where it is not the published choice."""
     if bos == WINDOW:
-        return ", BOS in every window"
-    return ", no BOS" if bos == NONE and begins_with_special_token(tokenizer) else ""
+        return BOS_IN_EVERY_WINDOW
+    return NO_BOS if bos == NONE and begins_with_special_token(tokenizer) else ""
 
 
 def with_bos(windows: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -196,13 +196,18 @@ def method_words(metrics: Mapping[str, Any]) -> str:
     return _SHORT_DTYPES.get(str(metrics.get(MODEL_DTYPE)), REFERENCE)
 
 
-FAR_MORE_BITS = 1.0  # from this many bits per weight above its own bits on, a run is no rival of others of its bits
+MOST_BITS_ABOVE = 1.0  # bits per weight above its own bits from which on a run is no rival of others of its bits
+FAR_MORE_BITS = "‡"  # marks such a run in tables
+FAR_MORE_NOTE = (
+    f"stores over {MOST_BITS_ABOVE:g} bit per weight more than its bits: "
+    "compare it with methods of as many bits per weight"
+)
 
 
 def stores_far_more(metrics: Mapping[str, Any]) -> bool:
     """Whether a run stores far more per weight than the bits that it was asked for, as SpQR may at 2 bits."""
     bits, stored = _present(metrics.get("bits")), _present(metrics.get(BITS_PER_WEIGHT))
-    return None not in (bits, stored) and metrics["method"] != REFERENCE and stored > bits + FAR_MORE_BITS
+    return None not in (bits, stored) and metrics["method"] != REFERENCE and stored > bits + MOST_BITS_ABOVE
 
 
 def peak_memory_gb(metrics: Mapping[str, Any]) -> float | None:
@@ -238,12 +243,12 @@ def grid_words(metrics: Mapping[str, Any]) -> str:
     return " ".join([group_words(group_size), *(word for word, is_set in flags.items() if is_set)])
 
 
-BOS_SUFFIX = ", "  # between a protocol's name and what is said of BOS in it
+BOS_IN_EVERY_WINDOW, NO_BOS = ", BOS in every window", ", no BOS"  # how the names of protocols with such BOS end
 
 
 def base_protocol(name: str) -> str:
-    """A protocol without what is said of BOS, which depends on the model."""
-    return name.partition(BOS_SUFFIX)[0]
+    """A protocol without what is said of BOS, which depends on the model. Its own name may have commas, too."""
+    return name.removesuffix(BOS_IN_EVERY_WINDOW).removesuffix(NO_BOS)
 
 
 def group_words(group_size: float | None) -> str:

@@ -17,7 +17,6 @@ from runners.results.metrics import OWN_GRID, PER_CHANNEL, REFERENCE, Status, gr
 Run = Mapping[str, Any]  # the metrics of a run; of a cell that has not ended, its labels, status and error
 
 RAISED_DAMPING = "†"
-FAR_MORE_BITS = "‡"
 DEFAULT_GRIDS = ("", PER_CHANNEL, OWN_GRID)  # need no column
 
 
@@ -150,7 +149,9 @@ def _bits(run: Run) -> str:
 def _stored_bits(run: Run) -> str:
     if (stored := run.get(metrics.BITS_PER_WEIGHT)) is None:
         return ""
-    return f"{FAR_MORE_BITS} " * metrics.stores_far_more(run) + f"{stored:.2f}"  # in front: the digits stay aligned
+    return (
+        f"{metrics.FAR_MORE_BITS} " * metrics.stores_far_more(run) + f"{stored:.2f}"
+    )  # in front: the digits stay aligned
 
 
 def _setting(run: Run) -> str:
@@ -228,8 +229,7 @@ def _damping(runs: Sequence[Run]) -> list[str]:
 def _far_more_bits(runs: Sequence[Run]) -> list[str]:
     if not any(metrics.stores_far_more(run) for run in runs):
         return []
-    more = f"over {metrics.FAR_MORE_BITS:g} bit per weight more than its bits"
-    return [f"{FAR_MORE_BITS} stores {more}: compare it with methods of as many bits per weight"]
+    return [f"{metrics.FAR_MORE_BITS} {metrics.FAR_MORE_NOTE}"]
 
 
 def _not_measured(runs: Sequence[Run]) -> list[str]:

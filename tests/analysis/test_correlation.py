@@ -139,6 +139,14 @@ def test_errors_that_some_runs_lack_are_counted_and_no_entry_is_nan(tmp_path: Pa
     assert "ρ" in figure.axes[0].get_title()
 
 
+def test_series_of_the_same_weights_count_once(tmp_path: Path) -> None:
+    for name, weights in (("rtn", "1"), ("rtn_again", "1"), ("gptq", "2"), ("awq", None), ("spqr", None)):
+        measured = {"agreement/t/kl": 0.1, "ppl/t": 9.0} | ({"checkpoint/sha256": weights} if weights else {})
+        labels = {"status": "done", "model": "m", "method": name.split("_")[0], "bits": 3, "bits_per_weight": 3.0}
+        write_run(tmp_path, name, None, series=name, **labels, **measured)
+    assert sorted(errors_of(tmp_path)["series"]) == ["awq", "gptq", "rtn", "spqr"]
+
+
 def test_the_figure_has_a_panel_per_error_and_every_run_in_its_color(study: Path) -> None:
     frame = collect(study)
     summary = summarize(frame)

@@ -10,6 +10,7 @@ import pytest
 from analysis.collect import collect
 from analysis.intervals import compare_peers, window_losses, winners
 from analysis.published import published_numbers
+from analysis.report import write_report
 from analysis.series import Row, summarize
 from analysis.tables.comparison import comparison_of
 from analysis.tables.comparison import markdown as comparison_markdown
@@ -122,3 +123,48 @@ def test_what_must_be_said_with_a_models_numbers_is_said_below_them(tmp_path: Pa
     }
     assert escape(note) in latex(tables[0])
     assert note in comparison_markdown(comparison_of(summary, set()))
+
+
+def test_what_stores_far_more_than_its_bits_is_marked_in_every_format(tmp_path: Path) -> None:
+    labels = {"status": "done", "model": "m", "bits": 2, "ppl/t": 9.0, "protocol/t": "gptq", "windows/t": 1}
+    write_run(tmp_path, "a", method="spqr", bits_per_weight=9.08, **labels)
+    write_run(tmp_path, "b", method="gptq", bits_per_weight=2.07, **labels)
+    summary = summarize(collect(tmp_path))
+    table = paper_table(summary, table_metrics(summary)[0], set(), [])
+    note = "‡ stores over 1 bit per weight more than its bits"
+    for text in (markdown(table), comparison_markdown(comparison_of(summary, set()))):
+        marked = [line for line in text.splitlines() if "‡ 9.08" in line]
+        assert [line.count("spqr") for line in marked] == [1]
+        assert text.count("‡") == 2
+        assert note in text
+    assert latex(table).count(r"$\ddagger$ 9.08") == 1
+    assert latex(table).count(r"$\ddagger$") == 2  # the row and the caption
+
+
+def test_what_was_calibrated_on_is_said_below_perplexities_alone(tmp_path: Path) -> None:
+    note = "t is what was calibrated on: perplexity and agreement there are too good"
+    measured = {"ppl/t": 9.0, "protocol/t": "gptq", "windows/t": 1, "zero_shot/piqa/acc": 0.7, "agreement/t/kl": 0.1}
+    labels = {"status": "done", "model": "m", "bits": 3, "bits_per_weight": 3.0, **measured}
+    write_run(tmp_path, "a", method="gptq", calibration_note=note, **labels)
+    write_run(tmp_path, "b", method="rtn", **labels)
+    summary = summarize(collect(tmp_path))
+    notes = {metric.key: paper_table(summary, metric, set(), []).notes for metric in table_metrics(summary)}
+    said = f"gptq: {note}"
+    assert notes == {"ppl/t": [said], "zero_shot/piqa/acc": [], "agreement/t/kl": [said]}
+    assert said in comparison_markdown(comparison_of(summary, set()))
+    assert said in (write_report(tmp_path) / "index.html").read_text()
+
+
+def test_where_bos_was_in_calibration_is_said_where_it_differs(tmp_path: Path) -> None:
+    labels = {"status": "done", "model": "m", "bits": 3, "bits_per_weight": 3.0, "ppl/t": 9.0}
+    labels |= {"protocol/t": "gptq", "windows/t": 1}
+    write_run(tmp_path, "a", method="gptq", **labels, **{"calibration/bos": "text"})
+    write_run(tmp_path, "b", method="awq", **labels, **{"calibration/bos": "text"})
+    alike = summarize(collect(tmp_path))
+    assert "calibration.bos" not in comparison_of(alike, set())
+    write_run(tmp_path, "c", method="quantease", **labels, **{"calibration/bos": "window"})
+    summary = summarize(collect(tmp_path))
+    assert comparison_of(summary, set())["calibration.bos"].tolist() == ["text", "text", "window"]
+    said = "BOS in the calibration sequences (calibration.bos): text for awq, gptq; window for quantease"
+    assert paper_table(summary, table_metrics(summary)[0], set(), []).notes == [said]
+    assert paper_table(alike, table_metrics(alike)[0], set(), []).notes == []

@@ -85,6 +85,8 @@ def test_windows_and_their_protocol(data_root: Path, tokenizer: PreTrainedTokeni
     assert names == {"text": "gptq", "window": "gptq, BOS in every window", "none": "gptq, no BOS"}
     assert {kind: windows.bos for kind, windows in cut.items()} == {kind: kind for kind in names}
     assert {base_protocol(name) for name in names.values()} == {"gptq"}
+    assert base_protocol("mine, joined, no BOS") == base_protocol("mine, joined, BOS in every window") == "mine, joined"
+    assert base_protocol("mine, shuffled") == "mine, shuffled"  # a name's own comma ends nothing
     assert cut_windows("t", text, tokenizer, LENGTH, str(data_root)).sha256 == cut["text"].sha256
 
 
