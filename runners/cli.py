@@ -22,8 +22,10 @@ from runners.config.settings import Settings
 from runners.console import console
 from runners.errors import FAILED, INTERRUPTED, WRONG_INPUT, InputError
 from runners.results.metrics import OPEN, RELATIVE_ERROR, Reason, Status
+from runners.results.run_log import RUN_LOG
 from runners.results.studies import remember
 from runners.results.tables import cells_table, command_text, failure_text, next_steps, results_table
+from runners.run.environment import COMMAND
 from runners.run.experiment import run_experiment
 from runners.sweeps.cells import cell_name, describe_cells, read_status, register_cells
 from runners.sweeps.engines import prepared, runs_elsewhere
@@ -44,6 +46,7 @@ def start(main: Callable[[], Any]) -> None:
     Args:
         main: Hydra's entry point, for options that only show something (`--help`, `--cfg`), and for other configurations.
     """
+    os.environ[COMMAND] = shlex.join(sys.orig_argv)
     logging.raiseExceptions = False  # a log that cannot be written, as on a full disk, is not to fill the terminal
     try:
         _start(main)
@@ -200,7 +203,9 @@ def _summarize(cells: list[Settings], left_alone: int, words: Sequence[str]) -> 
     damaged = [row for row in rows if row.get("reason") == Reason.DAMAGED]
     unfinished = [row for row in rows if row["status"] in OPEN]
     for row in damaged + failed + unfinished:
-        console.print(f"{cell_name(row)}: {row['error']}", highlight=False, soft_wrap=True)
+        log_file = row["folder"] / RUN_LOG
+        details = f" (details: {log_file})" if row in failed and log_file.exists() else ""
+        console.print(f"{cell_name(row)}: {row['error']}{details}", highlight=False, soft_wrap=True)
     if failed:
         before = f", {left_alone} of them before, which were left alone" if left_alone else ""
         console.print(f"{len(failed)} of {len(rows)} cells failed{before}: retry_failed=true runs them again")

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from runners.results import metrics
 from runners.results.metrics import OWN_GRID, PER_CHANNEL, REFERENCE, Status, grid_words, method_words, status_counts
+from runners.results.run_log import RUN_LOG
 
 Run = Mapping[str, Any]  # the metrics of a run; of a cell that has not ended, its labels, status and error
 
@@ -67,7 +68,7 @@ def cell_counts(cells: Sequence[Run]) -> str:
 def failure_text(run: Run) -> str:
     """Why a run did not end well, and where that is recorded."""
     what = f"{run['method']} {run['status']} during {run['stage']}: {run['error']}"
-    return f"{what}\n(recorded in {run['folder']}/{metrics.METRICS})"
+    return f"{what}\n(recorded in {run['folder']}/{metrics.METRICS}; details: {run['folder']}/{RUN_LOG})"
 
 
 def next_steps(run: Run, words: Sequence[str]) -> str:

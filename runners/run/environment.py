@@ -3,13 +3,19 @@
 import importlib.metadata
 import os
 import platform
+import shlex
+import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from runners.project import ROOT
+from runners.storage.fingerprint import code_fingerprint
+
+COMMAND = "QUANTEASE_COMMAND"  # in the environment: the command line as typed, also for the processes that it starts
 
 PACKAGES = (
     "torch",
@@ -42,6 +48,24 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def bug_report() -> str:
+    """What a report of a bug needs of the process and the machine: one fact per line, whatever else goes wrong."""
+    facts = environment(torch.device("cpu"))
+    changed = " with uncommitted changes" * facts["uncommitted_changes"]
+    packages = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return "\n".join(
+        (
+            f"command   {os.environ.get(COMMAND) or shlex.join(sys.orig_argv)}",
+            f"process   {os.getpid()} on {socket.gethostname()}, in {Path.cwd()}",
+            f"code      commit {facts['commit'] or 'unknown'}{changed}, {code_fingerprint()}",
+            f"versions  python {facts['python']}, {packages}",
+            f"machine   {facts['platform']}; {facts['processor']}; {facts['threads']} threads; {_host_memory()}",
+            f"gpus      {', '.join(gpus) or 'none'}" + f", cuda {torch.version.cuda}" * bool(gpus),
+        )
+    )
+
+
 def versions() -> dict[str, str | None]:
     """The versions of the libraries that a number may depend on; None: not installed."""
     return {name: _version(name) for name in PACKAGES}
@@ -59,6 +83,13 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def _host_memory() -> str:
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB of memory"
+    except (AttributeError, OSError, ValueError):  # Windows
+        return "memory unknown"
 
 
 def _version(name: str) -> str | None:

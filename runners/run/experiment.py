@@ -28,6 +28,8 @@ from runners.results.metrics import (
 )
 from runners.results.progress import Progress, owner_words, read_progress, remove_progress
 from runners.results.run_folder import RunFolder
+from runners.results.run_log import run_log
+from runners.run.environment import bug_report
 from runners.run.preflight import RunInputs, preflight, run_environment
 from runners.run.stages import Stages
 from runners.run.walk import walk_rounding
@@ -132,7 +134,8 @@ def _run(settings: Settings, folder: RunFolder, inputs: RunInputs | None) -> dic
         inputs: None if they are still to be checked; what is wrong with them is then recorded.
     """
     progress, interrupt = Progress(folder.path), None
-    with track(settings, folder.path) as tracker:
+    with run_log(folder.path) as add, track(settings, folder.path) as tracker:
+        add(f"begins    {settings.run_name} of study {settings.execution.study}\n{bug_report()}")
         try:
             with progress.follow_bars():
                 metrics = _measure(settings, folder, inputs, progress, tracker)
@@ -143,6 +146,7 @@ def _run(settings: Settings, folder: RunFolder, inputs: RunInputs | None) -> dic
             error = INTERRUPTED.format(where=progress.words())
             metrics = failure_metrics(settings, Reason.INTERRUPTED, progress.stage, error)
         metrics = _labels(settings) | metrics
+        add(_last_lines(metrics))
         tracker.finish(metrics, progress.records)
     is_to_be_cleared = metrics["status"] == Status.DONE and not settings.execution.keep_checkpoint
     if is_to_be_cleared:
@@ -243,6 +247,12 @@ def _labels(settings: Settings) -> dict[str, Any]:
         labels |= {"calibration": calibration.name, CALIBRATION_INPUTS: calibration.inputs}
         labels |= {TOKEN_WEIGHTS: calibration.token_weights}
     return labels
+
+
+def _last_lines(metrics: dict[str, Any]) -> str:
+    """How a run ended, for its log."""
+    why = f" during {metrics['stage']}: {metrics['error']}" if "error" in metrics else ""
+    return f"{metrics.get('traceback', '')}ends      {metrics['status']}{why}"
 
 
 def _interruption(settings: Settings, error: Exception, progress: Progress) -> dict[str, Any] | None:

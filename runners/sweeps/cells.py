@@ -20,8 +20,8 @@ CELLS = "cells.json"  # in a study's folder: the labels of all cells of its swee
 
 
 def describe_cells(cells: Sequence[Settings]) -> list[dict[str, Any]]:
-    """For each cell, once: its labels (method, model, bits, setting) and what `read_status` returns."""
-    described = [label | read_status(folder) for folder, label in _labels(cells).items()]
+    """For each cell, once: its labels (method, model, bits, setting), its `folder` and what `read_status` returns."""
+    described = [label | read_status(folder) | {"folder": folder} for folder, label in _labels(cells).items()]
     return [row | {"model": model} for row, model in zip(described, model_words(described), strict=True)]
 
 

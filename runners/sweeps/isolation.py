@@ -31,6 +31,7 @@ from runners.errors import InputError, NoRoom
 from runners.results.metrics import Reason, Status
 from runners.results.progress import progress_words, read_progress, remove_progress
 from runners.results.run_folder import RunFolder
+from runners.results.run_log import append
 from runners.run.experiment import INTERRUPTED, failure_metrics, run_experiment
 from runners.sweeps.gpus import lease
 
@@ -275,6 +276,7 @@ def _record_death(cell: Settings, progress: dict[str, Any], reason: Reason, erro
             return None
         progress = read_progress(folder.path) or progress  # its last words, later than what the caller has read
         metrics = failure_metrics(cell, reason, progress["stage"], error.format(where=progress_words(progress)))
+        append(folder.path, metrics["error"], "ERROR")
         folder.write_metrics(metrics)
         remove_progress(folder.path)
         return metrics
