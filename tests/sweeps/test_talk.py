@@ -7,6 +7,7 @@ import pytest
 from runners import console
 from runners.console import Bar, Pace, duration, progress
 from runners.quoting import printable
+from runners.results.run_log import RUN_LOG
 from runners.run.experiment import run_cell
 from tests.conftest import ToySettings
 
@@ -124,7 +125,7 @@ def test_no_control_characters_even_where_colors_are_forced(
 
 
 def test_the_evaluation_tells_which_window_of_which_text(
-    toy_settings: ToySettings, lines: list[str], monkeypatch: pytest.MonkeyPatch
+    toy_settings: ToySettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[str, int, int]] = []
     follow = console.Bar.__call__
@@ -134,15 +135,17 @@ def test_the_evaluation_tells_which_window_of_which_text(
         seen.append((description, bar.done, bar._total))
 
     monkeypatch.setattr(console.Bar, "__call__", spy)
-    assert run_cell(toy_settings("method=rtn", "batch_size=2"))["status"] == "done"
+    settings = toy_settings("method=rtn", "batch_size=2")
+    assert run_cell(settings)["status"] == "done"
     evaluated = [step for step in seen if "window" in step[0]]
     assert evaluated[0][0].startswith("block 1/2  wikitext2 unquantized, window 2 of ")
     assert re.fullmatch(r"wikitext2, window (\d+) of \1", evaluated[-1][0])
     done = [step[1] for step in evaluated]
     assert done == sorted(done)
     assert done[-1] == evaluated[-1][2]  # it has come to its end
-    assert "quantize rtn, 3 bits: block 2 of 2, " in "\n".join(lines)
-    assert "evaluate rtn, 3 bits: wikitext2 measured, " in lines[-1]
+    text = (settings.folder / RUN_LOG).read_text()
+    assert "quantize rtn, 3 bits: block 2 of 2, " in text
+    assert "evaluate rtn, 3 bits: wikitext2 measured, " in text
 
 
 def test_durations_show_two_digits() -> None:
