@@ -10,7 +10,17 @@ import pandas as pd
 import yaml
 
 from runners.results import metrics
-from runners.results.metrics import CALIBRATION_INPUTS, METRICS, MODEL_PATH, REFERENCE, TOKEN_WEIGHTS, UNIFORM, damaged
+from runners.results.metrics import (
+    CALIBRATION,
+    CALIBRATION_INPUTS,
+    METRICS,
+    MODEL_PATH,
+    REFERENCE,
+    TOKEN_WEIGHTS,
+    UNCALIBRATED,
+    UNIFORM,
+    damaged,
+)
 from runners.results.seal import read_run
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C ten times as fast, where PyYAML was built with it
@@ -135,7 +145,7 @@ def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 def _read_run(file: Path) -> dict[str, Any]:
     run = {"series": None, "group_size": None, CALIBRATION_INPUTS: None, TOKEN_WEIGHTS: None} | read_run(file.parent)
-    if run["method"] != REFERENCE:
+    if run["method"] != REFERENCE and run.get(CALIBRATION) != UNCALIBRATED:
         # Runs older than these keys always used the quantized model's activations, and weighed all tokens alike.
         run[CALIBRATION_INPUTS] = run[CALIBRATION_INPUTS] or "quantized"
         run[TOKEN_WEIGHTS] = run[TOKEN_WEIGHTS] or UNIFORM

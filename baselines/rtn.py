@@ -18,6 +18,10 @@ class RTN(LayerSolver):
     def rows_independent(self) -> bool:
         return True
 
+    @property
+    def needs_inputs(self) -> bool:
+        return False
+
     @at_normal_scale
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         grid = problem.fit_grid(spec)

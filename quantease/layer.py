@@ -195,6 +195,14 @@ class LayerSolver(Protocol):
         """
         return False
 
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether the answer depends on the inputs, so on `hessian` and `mean_input`; by default it does.
+
+        If False, the method also runs without calibration data: all inputs of its problems are then dead ones.
+        """
+        return True
+
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         """Quantize one layer; leaves `problem` as it is.
 

@@ -160,7 +160,7 @@ def _run_cell(settings: Settings, single: bool, words: Sequence[str] = ()) -> fl
     if single:
         console.print(results_table(rows))
         console.print(next_steps(row, words), highlight=False, soft_wrap=True)
-    return row[RELATIVE_ERROR]
+    return row.get(RELATIVE_ERROR, math.nan)  # without calibration there is none
 
 
 def _rows(settings: Settings, single: bool) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def main(
     words = [f"model={model}", "tracker=none", *(f"{name}={value}" for name, value in settings.items())]
     runs = {name: check([*words, f"method={name}"], multirun=False)[0] for name in methods}
     first = runs[methods[0]]
-    if first.run.calibration.scales_tokens:
+    if first.run.calibration is not None and first.run.calibration.scales_tokens:
         raise InputError("first_token calibrates with token_weights=uniform only")
     inputs = preflight(first)
     held_out = None if inputs.sequences is None else inputs.sequences.held_out

@@ -74,5 +74,5 @@ def measure_model(size: Size, method: str, sequences: int, length: int, device: 
         **parts,
         "seconds": meter.seconds,
         "peak_memory_gb": meter.peak_memory_gb,
-        "mean_relative_error": sum(record.relative_error for record in records) / len(records),
+        "mean_relative_error": sum(record.relative_error or 0.0 for record in records) / len(records),
     }

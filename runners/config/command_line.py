@@ -1,7 +1,7 @@
 """Compose and check every cell of a command line before the first one starts."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -21,6 +21,8 @@ from runners.config.settings import Settings
 from runners.errors import InputError
 from runners.project import CONF
 from runners.storage.files import check_writable
+
+MOST_MISTAKES = 10  # of the cells of a sweep: whoever has read so many looks at the command again
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,34 @@ def _read_sweep(overrides: list[Override], ours: Groups, hydras: Groups) -> Comm
     by_experiment = [f"{key}={value}" for key, value in (shared.hydra.sweeper.params or {}).items()]
     swept = parse(by_experiment, True, {**ours, **hydras}) + overrides
     bases: dict[tuple[str, ...], DictConfig] = {}  # by the choices: composing takes long, setting values does not
-    cells = [_cell_of_sweep(parse(cell, False, ours), ours, bases) for cell in overrides_of_cells(swept)]
+    cells = _cells_of_sweep(overrides_of_cells(swept), ours, bases)
     set_values(shared, fixed, ours)
     # Hydra's sweeper, which starts the cells, reads the same lists of values.
     OmegaConf.update(shared, "hydra.sweeper.params", None)
     OmegaConf.update(shared, "hydra.overrides.task", [line for o in swept if (line := o.input_line)])
     return CommandLine(cells, shared)
+
+
+def _cells_of_sweep(
+    lines: Iterable[Sequence[str]], groups: Groups, bases: dict[tuple[str, ...], DictConfig]
+) -> list[Settings]:
+    """The settings of all cells.
+
+    Raises:
+        InputError: what is wrong, each mistake once however many cells have it.
+    """
+    cells: list[Settings] = []
+    mistakes: dict[str, None] = {}
+    for line in lines:
+        try:
+            cells.append(_cell_of_sweep(parse(line, False, groups), groups, bases))
+        except InputError as error:
+            mistakes[str(error)] = None
+            if len(mistakes) == MOST_MISTAKES:
+                break
+    if mistakes:
+        raise InputError("\n".join(mistakes))
+    return cells
 
 
 def _cell_of_sweep(overrides: list[Override], groups: Groups, bases: dict[tuple[str, ...], DictConfig]) -> Settings:

@@ -28,6 +28,8 @@ def settings_from(cfg: DictConfig) -> Settings:
             raise unknown_setting("", key, list(ALL_SETTINGS))
     tree["method"] = _method(tree.get("method"))
     tree |= {key: _without_shorthands(key, tree[key]) for key in ("calibration", "evaluation") if key in tree}
+    if "calibration" in tree:
+        tree["calibration"] = _calibration(tree["calibration"])
     run = {key: entry for key, entry in tree.items() if key in RUN_SETTINGS}
     execution = {key: entry for key, entry in tree.items() if key not in RUN_SETTINGS}
     return Settings(build(Run, run, ""), build(Execution, execution, ""))
@@ -57,6 +59,15 @@ def _method(node: Any) -> Method:
     if isinstance(method.get("init"), str):
         method["init"] = _method_named(method["init"])
     return Method(name, build(LayerSolver, method, "method") if target is not None else None)
+
+
+def _calibration(node: Any) -> Any:
+    """A calibration's file; None for the one without a data set, which has no settings."""
+    if not isinstance(node, dict) or node.get("dataset", node) is not None:
+        return node
+    if unknown := sorted(set(node) - {"name", "dataset"}):
+        raise unknown_setting("calibration", unknown[0], [])
+    return None
 
 
 def _without_shorthands(group: str, node: Any) -> Any:

@@ -40,7 +40,7 @@ class Run:
     method: Method
     model: Model
     evaluation: Evaluation
-    calibration: Calibration = field(metadata=counts_if(_quantizes))
+    calibration: Calibration | None = field(metadata=counts_if(_quantizes))  # None: calibration=none
     act_order: bool = field(metadata=counts_if(_quantizes))
     seed: int = field(metadata=counts_if(_quantizes))
     bits: int = field(metadata=counts_if(_quantizes))
@@ -55,6 +55,7 @@ class Run:
         if self.warnings not in ("record", "error"):
             raise ValueError(f"warnings must be record or error, not {self.warnings!r}")
         _ = self.grid  # refuses what GridSpec refuses
+        self._check_inputs()
         check_name("model.name", self.model.name)
         check_name("method.name", self.method.name)
         for name in (
@@ -62,6 +63,15 @@ class Run:
             *self.evaluation.tasks,
         ):  # tables and keys of metrics.json have these names
             check_name("the name of a text or task in evaluation", name)
+
+    def _check_inputs(self) -> None:
+        """Refuse a method that needs inputs where there is no calibration."""
+        if self.calibration is not None or not self.quantizes or not self.solver.needs_inputs:
+            return
+        who = f"{self.method.name} is fitted to the inputs of the layers"
+        if not getattr(self.method.solver, "needs_inputs", True):
+            who = "act_order=true sorts the columns by their inputs"
+        raise ValueError(f"calibration=none measures no inputs, but {who}: choose a calibration text, or method=rtn")
 
     @property
     def grid(self) -> GridSpec:
@@ -110,7 +120,7 @@ class Run:
 
     def calibrated_on(self, data_root: str | None) -> list[str]:
         """The names of the evaluation texts that calibration has drawn from, too: the same data set, or the same file."""
-        if not self.quantizes:
+        if not self.quantizes or self.calibration is None:
             return []
         theirs = self.calibration.dataset
         key = identity_of(theirs) | {"version": theirs.version(data_root)}
@@ -123,7 +133,7 @@ class Run:
 
     def _data_versions(self, data_root: str | None) -> dict[str, str]:
         datasets = {name: text.dataset for name, text in self.evaluation.texts.items()}
-        if self.quantizes:
+        if self.quantizes and self.calibration is not None:
             datasets["calibration"] = self.calibration.dataset
         versions = {name: dataset.version(data_root) for name, dataset in datasets.items()}
         return versions | {f"zero_shot/{name}": task_version(name, data_root) for name in self.evaluation.tasks}

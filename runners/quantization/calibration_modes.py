@@ -6,16 +6,33 @@ Given the decoder blocks B_0 ... B_L-1 and the embedded calibration sequences X_
     FullPrecisionInputs   X_i+1 = B_i(X_i)       block i sees the unquantized model; the same for every method and grid
 
 GPTQ (Frantar et al., 2023) and QuantEase (Behdin et al., 2023) calibrate on quantized inputs: a layer can then make up for
-the errors of the layers before it.
+the errors of the layers before it. `NoInputs` measures none, for methods that need none.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from runners.models.blocks import BlockSource, linear_layers
+from runners.models.memory import Memory
 from runners.quantization.calibration_activations import CalibrationActivations
 from runners.quantization.finished_blocks import FinishedBlocks
-from runners.quantization.input_statistics import MeasuredGroups, StatisticsCache
+from runners.quantization.input_statistics import InputGroup, InputStatistics, MeasuredGroups, StatisticsCache
+from runners.timing import Phases
+
+GroupsToSolve = Sequence[tuple[InputGroup, InputStatistics | None]]  # None: nothing is known of the group's input
+
+
+@dataclass(frozen=True)
+class NoActivations:
+    """What stands for the activations where there are none: the model, and what is shared by all that runs on it."""
+
+    source: BlockSource
+    memory: Memory
+    phases: Phases
+
+    def to_host(self) -> None:
+        """There is nothing to move to host memory."""
 
 
 class CalibrationMode(Protocol):
@@ -30,7 +47,8 @@ class CalibrationMode(Protocol):
         activations: what the layers are calibrated on. The harness shares its source, memory and phases.
     """
 
-    activations: CalibrationActivations
+    @property
+    def activations(self) -> CalibrationActivations | NoActivations: ...
 
     def enter(self, index: int, finished: FinishedBlocks | None, /) -> None:
         """Bring the activations to the inputs of decoder block `index`, which may open the blocks before it.
@@ -41,7 +59,7 @@ class CalibrationMode(Protocol):
         """
         ...
 
-    def measure(self) -> Iterator[MeasuredGroups]:
+    def measure(self) -> Iterator[GroupsToSolve]:
         """The input statistics of the block's layers, each input group once; a layer that is never used is in none."""
         ...
 
@@ -104,3 +122,20 @@ class FullPrecisionInputs:
 
     def leave(self) -> None:
         self._known = None  # so that these Hessians are freed before the next block's are loaded
+
+
+@dataclass
+class NoInputs:
+    """No inputs are measured and no activations made. Every linear layer is a group of its own, also one never used."""
+
+    activations: NoActivations
+    _index: int = field(default=0, init=False, repr=False)
+
+    def enter(self, index: int, _finished: FinishedBlocks | None) -> None:
+        self._index = index
+
+    def measure(self) -> Iterator[GroupsToSolve]:
+        yield [((name,), None) for name in linear_layers(self.activations.source.blocks[self._index])]
+
+    def leave(self) -> None:
+        pass

@@ -33,10 +33,10 @@ class LayerGroup:
     Args:
         block: index of the decoder block.
         layers: the group's layers by name, in the order in which the block uses them.
-        statistics: of the input that they share.
+        statistics: of the input that they share; None: nothing is known of it.
     """
 
-    def __init__(self, block: int, layers: dict[str, LinearLayer], statistics: InputStatistics) -> None:
+    def __init__(self, block: int, layers: dict[str, LinearLayer], statistics: InputStatistics | None) -> None:
         self.block, self.layers, self.statistics = block, layers, statistics
         self.weights = {name: layer.weight.clone() for name, layer in layers.items()}  # (out, in) each
 
@@ -50,7 +50,10 @@ class LayerGroup:
         siblings = tuple(weight for name, weight in self.weights.items() if name not in names)
         # Siblings are the layers left out: AWQ's column scale must suit all layers that share an input.
         weight = torch.cat([self.weights[name].float() for name in names])
-        statistics = self.statistics
+        if (statistics := self.statistics) is None:
+            # As if all inputs were dead. Zeros that share one place: a matrix of them could be larger than the layer.
+            nothing = torch.zeros((), device=weight.device).expand(weight.shape[1], weight.shape[1])
+            return LayerProblem(weight, nothing, siblings=siblings)
         return LayerProblem(weight, statistics.hessian, mean_input=statistics.mean_input, siblings=siblings)
 
 
@@ -89,7 +92,7 @@ class GroupSolver:
             Unsupported: the method cannot do what the grid asks.
             InputError: a layer cannot be put on the grid, or memory ran out for good.
         """
-        if not group.statistics.finite:
+        if group.statistics is not None and not group.statistics.finite:
             for name in group.layers:
                 yield self._left_alone(group, name, "its activations are not finite")
             return
@@ -160,7 +163,7 @@ class GroupSolver:
             outlier_ratio=quantized.outlier_ratio,
             damping=quantized.damping,
             damping_raised=quantized.damping_raised,
-            dead_columns=problem.dead_columns,
+            dead_columns=0 if group.statistics is None else problem.dead_columns,
             clipped_scales=quantized.grid.clipped_scales,
             worse_than_rounding=is_worse,
             notes="; ".join(notes),
@@ -170,10 +173,12 @@ class GroupSolver:
         )
         return SolvedLayer(record, quantized)
 
-    def _errors(self, original: Tensor, written: Tensor, statistics: InputStatistics) -> dict[str, Any]:
+    def _errors(self, original: Tensor, written: Tensor, statistics: InputStatistics | None) -> dict[str, Any]:
         """The errors of a layer by the names of its record, and that of `rounding` to nearest on held-out tokens."""
         slices = self.memory.row_slices  # here, too: D H is as large as W
-        errors: dict[str, Any] = {"held_out_error": None, "token_error": None, "rounding": None}
+        errors: dict[str, Any] = dict.fromkeys(("relative_error", "held_out_error", "token_error", "rounding"))
+        if statistics is None:
+            return errors
         errors["relative_error"] = relative_error(original, written, statistics.hessian, slices)
         if (held_out := statistics.held_out) is not None:
             errors["held_out_error"] = relative_error(original, written, held_out, slices)
@@ -186,9 +191,9 @@ class GroupSolver:
         return left_alone(group.block, name, group.layers[name].weight.shape, self.stored_bits, why, non_finite=True)
 
 
-def _energy_columns(statistics: InputStatistics) -> dict[str, Any]:
+def _energy_columns(statistics: InputStatistics | None) -> dict[str, Any]:
     """The token energy of a layer's input, by the names of its record."""
-    return {f"energy_{name}": value for name, value in asdict(statistics.energy).items()}
+    return {} if statistics is None else {f"energy_{name}": value for name, value in asdict(statistics.energy).items()}
 
 
 def left_alone(

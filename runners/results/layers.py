@@ -17,7 +17,8 @@ class LayerRecord:
         out_features: rows of its weight matrix; of fused experts, of all of them together.
         in_features: columns of its weight matrix.
         relative_error: ||W X - W_hat X||^2 / ||W X||^2, of W_hat as the model stores it, on the calibration tokens as the
-            solver was given them: with calibration.token_weights=length_one, each scaled to length one.
+            solver was given them: with calibration.token_weights=length_one, each scaled to length one. None: without
+            calibration there are none.
         seconds: spent in the solver.
         bits_per_weight: everything that must be stored for the layer, per weight.
         outlier_ratio: the share of the weights that are kept in 16 bits.
@@ -45,7 +46,7 @@ class LayerRecord:
     layer: str
     out_features: int
     in_features: int
-    relative_error: float = 0.0
+    relative_error: float | None = 0.0
     seconds: float = 0.0
     bits_per_weight: float = 0.0
     outlier_ratio: float = 0.0
@@ -73,6 +74,12 @@ class LayerRecord:
 
 # Fields of a record.
 WARNINGS = ("damping_raised", "dead_columns", "clipped_scales", "non_finite", "left_alone", "worse_than_rounding")
+
+ERRORS = {
+    metrics.RELATIVE_ERROR: "relative_error",
+    metrics.HELD_OUT_ERROR: "held_out_error",
+    metrics.TOKEN_ERROR: "token_error",
+}  # by the key of their mean over the layers
 
 
 def refuse_warnings(record: LayerRecord) -> None:
@@ -111,7 +118,7 @@ def summarize_layers(records: list[LayerRecord], parameters: int, stored_bits: f
     """The whole model's metrics from its layers' records.
 
     Bits and outliers are means over weights, so a large layer counts for more; errors are means over layers, as the paper
-    plots them.
+    plots them, and absent where no layer has any.
 
     Args:
         records: of all matrices in decoder blocks that the run has visited, those that it left alone included.
@@ -127,10 +134,11 @@ def summarize_layers(records: list[LayerRecord], parameters: int, stored_bits: f
         metrics.BITS_PER_WEIGHT: bits / quantized,
         metrics.BITS_PER_PARAMETER: (bits + (parameters - quantized) * stored_bits) / parameters,
         metrics.OUTLIER_RATIO: outliers / quantized,
-        metrics.RELATIVE_ERROR: sum(record.relative_error for record in solved) / max(1, len(solved)),
         metrics.LAYER_COUNT: len(records),
     }
-    for key, name in ((metrics.HELD_OUT_ERROR, "held_out_error"), (metrics.TOKEN_ERROR, "token_error")):
+    if not solved:
+        summary[metrics.RELATIVE_ERROR] = 0.0
+    for key, name in ERRORS.items():
         if known := [error for record in solved if (error := getattr(record, name)) is not None]:
             summary[key] = sum(known) / len(known)
     return summary | {metrics.warning(kind): sum(int(getattr(record, kind)) for record in records) for kind in WARNINGS}

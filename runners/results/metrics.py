@@ -76,7 +76,8 @@ CALIBRATION_NOTES = "calibration/notes"  # what the text was too small for
 PPL_WITH_BOS = "evaluate/ppl_with_bos"  # of the unquantized model on one window that begins with BOS,
 PPL_WITHOUT_BOS = "evaluate/ppl_without_bos"  # and without
 CHECKPOINT_SHA256 = "checkpoint/sha256"
-CALIBRATION_INPUTS = "calibration_inputs"
+CALIBRATION = "calibration"  # its name
+CALIBRATION_INPUTS = "calibration_inputs"  # absent where there was no calibration, as token weights are
 TOKEN_WEIGHTS = "token_weights"  # absent from results older than the setting: uniform
 CACHE_HITS = "cache/hits"
 CACHE_MISSES = "cache/misses"
@@ -216,6 +217,7 @@ def peak_memory_gb(metrics: Mapping[str, Any]) -> float | None:
     return max((float(peak) for peak in stages if peak is not None), default=None)
 
 
+UNCALIBRATED = "none"  # the name of the calibration of runs without any: they have no layer errors
 OWN_GRID = "its own"
 PER_CHANNEL = "per-channel"
 UNIFORM, LENGTH_ONE = "uniform", "length_one"  # token weights
@@ -311,7 +313,7 @@ _TEXTS = (
     "digest",
     "series",
     "study",
-    "calibration",
+    CALIBRATION,
     CALIBRATION_INPUTS,
     CALIBRATION_NOTE,
     TOKEN_WEIGHTS,
@@ -405,7 +407,8 @@ def _needed(metrics: dict[str, Any]) -> tuple[str, ...]:
     """The keys without which tables cannot show such a run."""
     if metrics["status"] != Status.DONE:
         return ("stage", "error")
-    return (BITS_PER_WEIGHT, RELATIVE_ERROR, *(() if metrics.get("method") == REFERENCE else ("bits",)))
+    errors = () if metrics.get(CALIBRATION) == UNCALIBRATED else (RELATIVE_ERROR,)
+    return (BITS_PER_WEIGHT, *errors, *(() if metrics.get("method") == REFERENCE else ("bits",)))
 
 
 def _fits(key: str, value: Any) -> bool:

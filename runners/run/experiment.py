@@ -14,12 +14,14 @@ from runners.errors import InputError, NoRoom
 from runners.quantization.finished_blocks import delete_finished_blocks
 from runners.results.layers import LayerRecord, refuse_warnings, ruled_by_few_tokens
 from runners.results.metrics import (
+    CALIBRATION,
     CALIBRATION_INPUTS,
     CALIBRATION_NOTE,
     MODEL_DTYPE,
     MODEL_NOTE,
     MODEL_PATH,
     TOKEN_WEIGHTS,
+    UNCALIBRATED,
     Reason,
     Status,
     bits_words,
@@ -191,7 +193,8 @@ def _measure(
     finally:
         if progress.records:  # also of a run that fails: the last rows show how far it came
             folder.write_layers(progress.records)
-    if not settings.run.calibration.scales_tokens and (warning := ruled_by_few_tokens(progress.records)):
+    calibration = settings.run.calibration
+    if calibration and not calibration.scales_tokens and (warning := ruled_by_few_tokens(progress.records)):
         log.warning("%s", warning)
     progress.stage = "evaluate"
     evaluated, windows = stages.evaluate()
@@ -226,6 +229,7 @@ def _headline(settings: Settings, inputs: RunInputs) -> str:
     if settings.run.quantizes:
         grid = f"{bits_words(settings.run.bits)}, {group_words(settings.run.group_size)}"
         what = f"quantizing to {grid}, with {settings.run.method.name}"
+        what += ", without calibration" * (settings.run.calibration is None)
     size = f"{inputs.checkpoint.parameters / 1e6:,.1f} M parameters"
     return f"{settings.run.model.name} ({type(inputs.checkpoint.skeleton).__name__}, {size}) on {inputs.device}: {what}"
 
@@ -244,8 +248,9 @@ def _labels(settings: Settings) -> dict[str, Any]:
         names = ("bits", "group_size", "symmetric", "grid_range", "act_order", "seed")
         labels |= {name: getattr(settings.run, name) for name in names}
         calibration = settings.run.calibration
-        labels |= {"calibration": calibration.name, CALIBRATION_INPUTS: calibration.inputs}
-        labels |= {TOKEN_WEIGHTS: calibration.token_weights}
+        labels[CALIBRATION] = UNCALIBRATED if calibration is None else calibration.name
+        if calibration is not None:
+            labels |= {CALIBRATION_INPUTS: calibration.inputs, TOKEN_WEIGHTS: calibration.token_weights}
     return labels
 
 

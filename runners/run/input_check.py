@@ -41,7 +41,7 @@ def _problems(run: Run, data_root: str | None, is_run_here: bool) -> Iterator[st
 def _needed_datasets(run: Run) -> list[HubDataset]:
     """The data sets that the run cannot do without. A zero-shot task that is missing is skipped."""
     texts = [] if run.evaluation.skip_missing else [text.dataset for text in run.evaluation.texts.values()]
-    needed = [*texts, *([run.calibration.dataset] if run.quantizes else [])]
+    needed = [*texts, *([run.calibration.dataset] if run.quantizes and run.calibration else [])]
     return [dataset for dataset in needed if isinstance(dataset, HubDataset)]
 
 

@@ -43,12 +43,12 @@ def model_key(settings: Settings, inputs: RunInputs) -> dict[str, Any]:
 
 def statistics_key(settings: Settings, inputs: RunInputs) -> dict[str, Any]:
     """What calibration on the unquantized model depends on."""
-    sequences = inputs.sequences
+    sequences, calibration = inputs.sequences, settings.run.calibration
     held_out = None if sequences is None or sequences.held_out is None else ids_hash(sequences.held_out)
     return model_key(settings, inputs) | {
         "ids": None if sequences is None else sequences.sha256,
         "held_out": held_out,
-        "token_weights": settings.run.calibration.token_weights,
+        "token_weights": None if calibration is None else calibration.token_weights,
     }
 
 

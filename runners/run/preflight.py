@@ -33,7 +33,7 @@ class RunInputs:
     checkpoint: Checkpoint
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
-    sequences: Sequences | None  # the calibration data
+    sequences: Sequences | None  # the calibration data; None: there is none
     windows: dict[str, Windows]
     tasks: list[ReadyTask]
     skipped: dict[str, str]  # texts and tasks that are not measured, with the reason: no data, or unusable prompts
@@ -56,9 +56,8 @@ def preflight(settings: Settings) -> RunInputs:
     model_type, data_root = checkpoint.config.model_type, settings.execution.data_root
     windows, skipped = cut_texts(settings.run.evaluation, tokenizer, length, data_root, model_type)
     tasks, missing = prepare_tasks(settings.run.evaluation.tasks, data_root)
-    sequences = None
-    if settings.run.quantizes:
-        calibration, seed = settings.run.calibration, settings.run.seed
+    sequences, calibration, seed = None, settings.run.calibration, settings.run.seed
+    if settings.run.quantizes and calibration is not None:
         sequences = draw_sequences(calibration, tokenizer, length, seed, data_root, model_type)
     # After the sequences are drawn, because lm-eval adds a padding token to a tokenizer that has none.
     limit = settings.run.evaluation.limit

@@ -22,7 +22,13 @@ from runners.models.blocks import BlockSource, linear_layers, other_matrices
 from runners.models.memory import Memory
 from runners.models.streaming import open_model
 from runners.quantization.calibration_activations import CalibrationActivations
-from runners.quantization.calibration_modes import CalibrationMode, FullPrecisionInputs, QuantizedInputs
+from runners.quantization.calibration_modes import (
+    CalibrationMode,
+    FullPrecisionInputs,
+    NoActivations,
+    NoInputs,
+    QuantizedInputs,
+)
 from runners.quantization.finished_blocks import FinishedBlocks, delete_finished_blocks
 from runners.quantization.input_statistics import StatisticsCache
 from runners.quantization.layerwise import Quantization
@@ -74,11 +80,11 @@ class Stages:
             on_layer: called with the record of every layer, also of those in finished blocks.
         """
         sequences, stored_bits = self.inputs.sequences, self.inputs.checkpoint.stored_bits
-        if sequences is None or self.blocks is None:
+        if self.blocks is None:
             return _unquantized(stored_bits)
         phases = Phases(self.inputs.device)
         quantization = Quantization(
-            self._calibration_mode(sequences, phases),
+            self._calibration_mode(phases),
             self.settings.run.solver,
             self.settings.run.grid,
             stored_bits=stored_bits,
@@ -91,7 +97,7 @@ class Stages:
             metrics.QUANTIZE_SECONDS: sum(phases.seconds.values()),
             metrics.QUANTIZE_MEMORY: meter.peak_memory_gb,
             **{metrics.phase_seconds(phase): seconds for phase, seconds in phases.seconds.items()},
-            **_calibration_metrics(sequences),
+            **(_calibration_metrics(sequences) if sequences else {}),
             metrics.CHECKPOINT_SHA256: self.blocks.sha256,
         }
 
@@ -112,9 +118,15 @@ class Stages:
 
             return quantization.run(count, finish)
 
-    def _calibration_mode(self, sequences: Sequences, phases: Phases) -> CalibrationMode:
-        """The inputs that `calibration.inputs` asks for."""
-        batch_size, calibration = self.inputs.batch_size, self.settings.run.calibration
+    def _calibration_mode(self, phases: Phases) -> CalibrationMode:
+        """The inputs that `calibration.inputs` asks for; none with `calibration=none`."""
+        batch_size, calibration, sequences = (
+            self.inputs.batch_size,
+            self.settings.run.calibration,
+            self.inputs.sequences,
+        )
+        if calibration is None or sequences is None:
+            return NoInputs(NoActivations(self.source, self.memory, phases))
         activations = CalibrationActivations(
             self.source,
             sequences.used,

@@ -10,7 +10,7 @@ from typing import Any
 
 from runners.config.settings import Settings
 from runners.errors import InputError
-from runners.results.metrics import MODEL_PATH, Reason, Status, bits_words, model_words
+from runners.results.metrics import MODEL_PATH, UNCALIBRATED, Reason, Status, bits_words, model_words
 from runners.results.progress import owner_words, progress_words, read_progress
 from runners.results.run_folder import RunFolder
 from runners.storage.files import write
@@ -114,16 +114,30 @@ def differences(cells: Sequence[Settings]) -> list[str]:
 
     Settings of the model, the data and the evaluation are left out: the model has a column of its own.
     """
-    flat = [_flatten(settings.identity()) for settings in cells]
+    flat = [_flat_identity(settings) for settings in cells]
     answer = []
     for settings, mine in zip(cells, flat, strict=True):
         peers = [
             other for cell, other in zip(cells, flat, strict=True) if cell.run.method.name == settings.run.method.name
         ]
-        keys = [key for key in mine if any(other.get(key) != mine[key] for other in peers)]
+        keys = [key for key in mine if any(_differs(key, mine, other) for other in peers)]
         shown = [key for key in keys if not key.startswith(("model.", "data.", "evaluation.")) and key != "grid.bits"]
         answer.append(", ".join(f"{key.rpartition('.')[2]}={mine[key]}" for key in shown))
     return answer
+
+
+def _flat_identity(cell: Settings) -> dict[str, Any]:
+    identity = cell.identity()
+    if cell.run.quantizes and cell.run.calibration is None:
+        identity["calibration"] = {"name": UNCALIBRATED}
+    return _flatten(identity)
+
+
+def _differs(key: str, mine: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two cells differ in a setting that both have: of no calibration the others differ in its name alone."""
+    name = "calibration.name"
+    is_missing = key.startswith("calibration.") and key != name and UNCALIBRATED in (mine.get(name), other.get(name))
+    return not is_missing and other.get(key) != mine[key]
 
 
 def _labels(cells: Sequence[Settings]) -> dict[Path, dict[str, Any]]:

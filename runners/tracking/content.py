@@ -81,7 +81,8 @@ def run_words(settings: Settings) -> str:
 
 def _grid(settings: Settings) -> str:
     names = ("group_size", "symmetric", "grid_range", "act_order")
-    labels = {"method": settings.run.method.name, TOKEN_WEIGHTS: settings.run.calibration.token_weights}
+    calibration = settings.run.calibration
+    labels = {"method": settings.run.method.name, TOKEN_WEIGHTS: calibration and calibration.token_weights}
     return grid_words(labels | {name: getattr(settings.run, name) for name in names})
 
 

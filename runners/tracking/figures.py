@@ -11,12 +11,12 @@ from runners.results.layers import LayerRecord
 
 
 def layer_error_figure(records: Sequence[LayerRecord]) -> Figure:
-    """Relative layer error over the block index, one line per layer of a block. Errors of zero are left out: the axis is
-    logarithmic."""
+    """Relative layer error over the block index, one line per layer of a block. Errors of zero are left out, as the axis
+    is logarithmic, and those that were not measured."""
     figure = Figure(figsize=(6.4, 4), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     for name in dict.fromkeys(record.layer for record in records):
-        points = [(r.block, r.relative_error) for r in records if r.layer == name and r.relative_error > 0]
+        points = [(r.block, r.relative_error) for r in records if r.layer == name and r.relative_error]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=name)
     if axes.lines:  # Matplotlib warns of a logarithmic axis without a positive value
