@@ -10,12 +10,15 @@ import pandas as pd
 
 from analysis.collect import read_config
 from runners.results.metrics import (
+    CALIBRATION,
+    CALIBRATION_NAME,
     HELD_OUT_ERROR,
     MODEL_NOTE,
     OWN_GRID,
     REFERENCE,
     RELATIVE_ERROR,
     TOKEN_ERROR,
+    UNCALIBRATED,
     Status,
     grid_words,
     method_words,
@@ -143,16 +146,30 @@ def _tell_apart(rows: list[Row]) -> None:
         if len(sharing) > 1:
             settings = [_settings(Path(row["folders"][0])) for row in sharing]
             names = sorted({name for other in settings for name in other})
-            unlike = [name for name in names if len({entry.get(name) for entry in settings}) > 1]
+            unlike = [name for name in names if len({entry.get(name) for entry in _having(name, settings)}) > 1]
             for row, entry in zip(sharing, settings, strict=True):
-                words = [f"{name.split('.')[-1]}={entry[name]}" for name in unlike if name in entry]
+                words = [f"{_short(name)}={entry[name]}" for name in unlike if name in entry]
                 # Where no setting tells them apart (a config.yaml is missing), the digest of the series does.
                 row["label"] = f"{row['label']} {', '.join(words) or '[' + str(row['series']) + ']'}"
 
 
 def _settings(folder: Path) -> dict[str, str]:
     """The settings of a run by their dotted names, without those that its entry in a table shows anyway."""
-    return {name: text for name, text in _flat("", read_config(folder)).items() if name.split(".")[0] in TOLD_APART_BY}
+    content = read_config(folder)
+    if CALIBRATION in content and content[CALIBRATION] is None:
+        content[CALIBRATION] = {"name": UNCALIBRATED}
+    return {name: text for name, text in _flat("", content).items() if name.split(".")[0] in TOLD_APART_BY}
+
+
+def _having(name: str, settings: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Those of the runs that can have a setting: without calibration a run has its name alone."""
+    if not name.startswith(f"{CALIBRATION}.") or name == CALIBRATION_NAME:
+        return settings
+    return [entry for entry in settings if entry.get(CALIBRATION_NAME) != UNCALIBRATED]
+
+
+def _short(name: str) -> str:
+    return CALIBRATION if name == CALIBRATION_NAME else name.split(".")[-1]
 
 
 def _flat(prefix: str, content: Any) -> dict[str, str]:

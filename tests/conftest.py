@@ -100,6 +100,8 @@ def toy_settings(toy_model: Path, data_root: Path, tmp_path: Path) -> ToySetting
             "tracker=none",
         ]
         names = {override.split("=")[0] for override in overrides}
+        if "calibration=none" in overrides:  # which has no settings
+            names.add("calibration.num_sequences")
         kept = [line for line in defaults if line.split("=")[0] not in names]
         return check([*kept, *overrides], multirun=False)[0]
 

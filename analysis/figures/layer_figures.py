@@ -37,7 +37,11 @@ def layer_errors(summary: list[Row], layers: pd.DataFrame, model: str) -> Figure
         raise LeftOut(f"no quantized run of {model} has a layers.csv.")
     held_out = "held_out_error" in layers and bool(layers["held_out_error"].notna().sum())
     columns = ["relative_error", "held_out_error"] if held_out else ["relative_error"]
-    means = {str(name): _mean_over_seeds(part, columns) for name, part in layers.groupby("series")}
+    measured = layers.groupby("series").filter(lambda part: (part["relative_error"] > 0).any())  # not: uncalibrated
+    means = {str(name): _mean_over_seeds(part, columns) for name, part in measured.groupby("series")}
+    rows = [row for row in rows if row["series"] in means]
+    if not rows:
+        raise LeftOut(f"no run of {model} has measured layer errors.")
 
     def draw(axis: Axes, row: Row, look: Look) -> None:
         mean = means[row["series"]]
@@ -50,7 +54,7 @@ def layer_errors(summary: list[Row], layers: pd.DataFrame, model: str) -> Figure
 
     extra = [legend_key("on the calibration data"), legend_key("on held-out data", linestyle=":")] if held_out else []
     xlabel = "block (within it: its linear layers in the order in which they are quantized)"
-    return _draw_panels([row for row in rows if row["series"] in means], draw, xlabel, extra)
+    return _draw_panels(rows, draw, xlabel, extra)
 
 
 @styled

@@ -147,7 +147,7 @@ def _check_choices(overrides: Sequence[Override], groups: Groups) -> None:
             continue
         choices = list(override.sweep_string_iterator()) if override.is_sweep_override() else [str(override.value())]
         for choice in choices:
-            if choice not in (*options, "null", "None"):
+            if choice not in options:
                 raise InputError(f"there is no {override.key_or_group}={choice}: {known_names(choice, options)}")
             if override.key_or_group == launchers.GROUP:
                 launchers.check_installed(choice)

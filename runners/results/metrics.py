@@ -217,6 +217,7 @@ def peak_memory_gb(metrics: Mapping[str, Any]) -> float | None:
     return max((float(peak) for peak in stages if peak is not None), default=None)
 
 
+CALIBRATION_NAME = "calibration.name"  # among the settings of a run
 UNCALIBRATED = "none"  # the name of the calibration of runs without any: they have no layer errors
 OWN_GRID = "its own"
 PER_CHANNEL = "per-channel"

@@ -193,8 +193,7 @@ def _measure(
     finally:
         if progress.records:  # also of a run that fails: the last rows show how far it came
             folder.write_layers(progress.records)
-    calibration = settings.run.calibration
-    if calibration and not calibration.scales_tokens and (warning := ruled_by_few_tokens(progress.records)):
+    if warning := _tokens_warning(settings, progress.records):
         log.warning("%s", warning)
     progress.stage = "evaluate"
     evaluated, windows = stages.evaluate()
@@ -203,6 +202,11 @@ def _measure(
     folder.write_windows(windows)
     progress.stage = "zero-shot"
     return metrics | evaluated | stages.zero_shot() | stages.resources()
+
+
+def _tokens_warning(settings: Settings, records: list[LayerRecord]) -> str | None:
+    calibration = settings.run.calibration
+    return None if calibration is None or calibration.scales_tokens else ruled_by_few_tokens(records)
 
 
 def _model_facts(stages: Stages) -> dict[str, Any]:

@@ -10,7 +10,16 @@ from typing import Any
 
 from runners.config.settings import Settings
 from runners.errors import InputError
-from runners.results.metrics import MODEL_PATH, UNCALIBRATED, Reason, Status, bits_words, model_words
+from runners.results.metrics import (
+    CALIBRATION,
+    CALIBRATION_NAME,
+    MODEL_PATH,
+    UNCALIBRATED,
+    Reason,
+    Status,
+    bits_words,
+    model_words,
+)
 from runners.results.progress import owner_words, progress_words, read_progress
 from runners.results.run_folder import RunFolder
 from runners.storage.files import write
@@ -122,7 +131,7 @@ def differences(cells: Sequence[Settings]) -> list[str]:
         ]
         keys = [key for key in mine if any(_differs(key, mine, other) for other in peers)]
         shown = [key for key in keys if not key.startswith(("model.", "data.", "evaluation.")) and key != "grid.bits"]
-        answer.append(", ".join(f"{key.rpartition('.')[2]}={mine[key]}" for key in shown))
+        answer.append(", ".join(f"{_short(key)}={mine[key]}" for key in shown))
     return answer
 
 
@@ -135,9 +144,13 @@ def _flat_identity(cell: Settings) -> dict[str, Any]:
 
 def _differs(key: str, mine: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two cells differ in a setting that both have: of no calibration the others differ in its name alone."""
-    name = "calibration.name"
-    is_missing = key.startswith("calibration.") and key != name and UNCALIBRATED in (mine.get(name), other.get(name))
+    names = (mine.get(CALIBRATION_NAME), other.get(CALIBRATION_NAME))
+    is_missing = key.startswith("calibration.") and key != CALIBRATION_NAME and UNCALIBRATED in names
     return not is_missing and other.get(key) != mine[key]
+
+
+def _short(key: str) -> str:
+    return CALIBRATION if key == CALIBRATION_NAME else key.rpartition(".")[2]
 
 
 def _labels(cells: Sequence[Settings]) -> dict[Path, dict[str, Any]]:
