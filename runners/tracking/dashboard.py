@@ -51,7 +51,7 @@ class TrackioTracker:
             f"tables/{name}": trackio.Table(list(table), table.to_numpy().tolist()) for name, table in tables.items()
         }
         media["tables/labels"] = trackio.Table(["name", "value"], words)
-        if records:
+        if any(record.relative_error is not None for record in records):
             media[content.LAYER_ERROR_FIGURE] = trackio.Image(pixels(layer_error_figure(records)))
         self._run.log(numbers | media)
 

@@ -59,7 +59,7 @@ class WandbTracker:
             f"tables/{name}": wandb.Table(list(table), table.to_numpy().tolist(), allow_mixed_types=True)
             for name, table in tables.items()
         }
-        if records:
+        if any(record.relative_error is not None for record in records):
             media[content.LAYER_ERROR_FIGURE] = wandb.Image(pixels(layer_error_figure(records)))
         if media:
             self._run.log(media)

@@ -71,6 +71,7 @@ def test_a_sample_of_c4_does_not_pass_for_the_protocol(gpt2: PreTrainedTokenizer
 @needs_shared
 def test_calibration_on_real_c4(gpt2: PreTrainedTokenizerBase) -> None:
     calibration = check(["model=opt-125m"], multirun=False)[0].run.calibration
+    assert calibration is not None
     sequences = draw_sequences(calibration, gpt2, 512, seed=0, data_root=str(SHARED / "data")).used
     assert sequences.shape == (128, 512)
 
@@ -234,7 +235,9 @@ def test_no_calibration_is_drawn_from_what_is_evaluated() -> None:
         texts = check([f"evaluation={name}"], multirun=False)[0].run.evaluation.texts
         evaluated |= {part_read(text.dataset) for text in texts.values()}
     for name in ("wikitext2", "c4", "stdlib"):
-        calibrated.add(part_read(check([f"calibration={name}"], multirun=False)[0].run.calibration.dataset))
+        calibration = check([f"calibration={name}"], multirun=False)[0].run.calibration
+        assert calibration is not None
+        calibrated.add(part_read(calibration.dataset))
     assert not evaluated & calibrated
 
 
@@ -265,6 +268,7 @@ def test_the_standard_library_gives_enough_text(tokenizer: PreTrainedTokenizerBa
     (settings,) = check([], multirun=False)
     for name, text in settings.run.evaluation.texts.items():
         assert len(cut_windows(name, text, tokenizer, 512, None).ids) == 64
+    assert settings.run.calibration is not None
     assert draw_sequences(settings.run.calibration, tokenizer, 512, 0, None).used.shape == (128, 512)
 
 

@@ -291,12 +291,15 @@ def test_the_command_line_wins_over_an_experiment() -> None:
 
 def test_which_data_a_model_takes_without_further_words() -> None:
     (tiny,) = check([], multirun=False)
+    assert tiny.run.calibration is not None
     assert tiny.run.calibration.name == "stdlib"
     assert list(tiny.run.evaluation.texts) == ["stdlib_docs", "stdlib_source"]
     (hub,) = check(["model=opt-13b"], multirun=False)
+    assert hub.run.calibration is not None
     assert hub.run.calibration.name == "c4"
     assert list(hub.run.evaluation.texts) == ["wikitext2", "c4", "ptb"]
     (chosen,) = check(["calibration=wikitext2", "evaluation=ptb"], multirun=False)
+    assert chosen.run.calibration is not None
     assert (chosen.run.calibration.name, list(chosen.run.evaluation.texts)) == ("wikitext2", ["ptb"])
 
 

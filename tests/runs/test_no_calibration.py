@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from quantease.grid import GridSpec
 from runners.config.command_line import check
 from runners.errors import InputError
 from runners.quantization.finished_blocks import FinishedBlocks
 from runners.results.layers import ERRORS
-from runners.results.metrics import CHECKPOINT_SHA256, RELATIVE_ERROR, ppl
+from runners.results.metrics import RELATIVE_ERROR, ppl
 from runners.results.tables import results_table
 from runners.run.experiment import run_cell, run_experiment
 from runners.sweeps.cells import differences
@@ -36,7 +37,11 @@ def no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def codes(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in (folder / "checkpoint").glob("*.safetensors")}
+    """Codes, scales and zero points of all layers, whatever the order in which a file has them."""
+    files = sorted((folder / "checkpoint").glob("*.safetensors"))
+    return {
+        f"{file.stem}/{name}": tensor.numpy().tobytes() for file in files for name, tensor in load_file(file).items()
+    }
 
 
 @pytest.mark.usefixtures("no_calibration")
@@ -50,9 +55,8 @@ def test_the_codes_are_those_of_a_calibrated_run_and_no_error_is_measured(
     monkeypatch.undo()
     calibrated = toy_settings(*QUICK, *grid)
     other = run_cell(calibrated)
-    assert len(codes(settings.folder)) == 2
+    assert len({name.split("/")[0] for name in codes(settings.folder)}) == 2
     assert codes(settings.folder) == codes(calibrated.folder)
-    assert row[CHECKPOINT_SHA256] == other[CHECKPOINT_SHA256]
     assert row[ppl("wikitext2")] == other[ppl("wikitext2")]
     assert (row["digest"], row["series"]) != (other["digest"], other["series"])
     assert not ERRORS.keys() & row.keys()
