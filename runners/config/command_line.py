@@ -115,13 +115,15 @@ def _cells_of_sweep(
     """The settings of all cells.
 
     Raises:
-        InputError: what is wrong, each mistake once however many cells have it.
+        InputError: the first setting that cannot be set; or what is wrong with the cells, each mistake once however many
+            have it.
     """
     cells: list[Settings] = []
     mistakes: dict[str, None] = {}
     for line in lines:
+        config = _config_of_cell(parse(line, False, groups), groups, bases)
         try:
-            cells.append(_cell_of_sweep(parse(line, False, groups), groups, bases))
+            cells.append(settings_from(config))
         except InputError as error:
             mistakes[str(error)] = None
             if len(mistakes) == MOST_MISTAKES:
@@ -131,13 +133,13 @@ def _cells_of_sweep(
     return cells
 
 
-def _cell_of_sweep(overrides: list[Override], groups: Groups, bases: dict[tuple[str, ...], DictConfig]) -> Settings:
+def _config_of_cell(overrides: list[Override], groups: Groups, bases: dict[tuple[str, ...], DictConfig]) -> DictConfig:
     choices = tuple(_choices(overrides, groups))
     if choices not in bases:
         bases[choices] = _compose(choices, RunMode.RUN)
     config = copy.deepcopy(bases[choices])
     set_values(config, overrides, groups)
-    return settings_from(config)
+    return config
 
 
 def _choices(overrides: list[Override], groups: Groups) -> list[str]:
