@@ -149,7 +149,8 @@ class BlockwiseEvaluation:
         measured = {}
         for name, text in self._texts.items():
             measured[name] = self._measure(name, text)
-            self._bar.finish(f"{name} measured", len(measured), len(self._texts))
+            what = f"probe {name}" if text.mode is Mode.PROBE else name
+            self._bar.finish(f"{what} measured", len(measured), len(self._texts))
         return measured
 
     @property
