@@ -4,24 +4,18 @@ The same runs give the same bytes: nothing in the files says when they were made
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
-from analysis.collect import collect, environment, home, read_tables
+from analysis.collect import collect, environment, home
 from analysis.correlation import correlations, run_errors
-from analysis.figures import size_figures
-from analysis.figures.energy import ENERGY_CAPTION, token_energy
-from analysis.figures.error_figures import ERRORS_CAPTION, errors_and_kl
+from analysis.figures.drawings import draw
 from analysis.figures.interactive import interactive_pareto
-from analysis.figures.layer_figures import layer_errors, sweep_errors
-from analysis.figures.pareto import pareto
-from analysis.figures.points import LeftOut
+from analysis.figures.pareto import pareto_file
 from analysis.figures.style import png
 from analysis.intervals import LOWEST_NOTE, Pair, compare_peers, pairs_table, ratios_to_lowest, window_losses, winners
 from analysis.published import PUBLISHED, published_numbers
@@ -59,7 +53,7 @@ def write_report(
     bold, published = winners(pairs), published_numbers(numbers)
     runs = run_errors(frame, summary)
     correlated = correlations(runs)
-    figures, left_out = _draw(frame, summary, runs)
+    figures, left_out = draw(frame, summary, runs)
     report = Report(
         study=home(studies).resolve().name,
         sentences=summary_sentences(summary, pairs),
@@ -91,51 +85,11 @@ def _folder_name(conditions: Mapping[str, str]) -> str:
     return f"report-{safe}" if safe else "report"
 
 
-def _draw(
-    frame: pd.DataFrame, summary: list[Row], runs: pd.DataFrame
-) -> tuple[dict[str, tuple[str, Figure]], list[str]]:
-    """The figures of a study, and the reasons why the others are left out."""
-    figures, left_out = {}, []
-    for file, caption, draw in _drawings(frame, summary, runs):
-        try:
-            figures[file] = (caption, draw())
-        except LeftOut as reason:
-            left_out.append(f"{caption}: {reason}")
-    return figures, left_out
-
-
 def _charts(summary: list[Row]) -> dict[str, list[dict[str, Any]]]:
     """For the file of every figure that the page shows in an interactive form too: one chart per text."""
     models = dict.fromkeys(row["model"] for row in summary)
-    found = {_pareto_file(model): list(interactive_pareto(summary, model).values()) for model in models}
+    found = {pareto_file(model): list(interactive_pareto(summary, model).values()) for model in models}
     return {file: charts for file, charts in found.items() if charts}
-
-
-def _pareto_file(model: str) -> str:
-    return f"pareto-{model}.png"
-
-
-def _drawings(
-    frame: pd.DataFrame, summary: list[Row], runs: pd.DataFrame
-) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
-    """Of every figure: its file, its caption, and the function that draws it."""
-    layers, sweeps = read_tables(frame, "layers.csv"), read_tables(frame, "sweeps.csv")
-    bits_title = "Perplexity against bits per weight (mean and standard deviation over seeds)"
-    models = list(dict.fromkeys(row["model"] for row in summary))
-    for model in models:
-        yield _pareto_file(model), f"{bits_title}, {model}", partial(pareto, summary, model)
-    yield "size.png", "Perplexity against model size", partial(size_figures.against_size, summary)
-    for model in models:
-        errors = partial(layer_errors, summary, layers, model)
-        yield f"layers-{model}.png", f"Relative error by layer (mean over seeds), {model}", errors
-        errors = partial(sweep_errors, summary, sweeps, model)
-        yield f"sweeps-{model}.png", f"Relative error by sweep (mean over layers and seeds), {model}", errors
-        energy = partial(token_energy, summary, layers, model)
-        yield f"energy-{model}.png", f"{ENERGY_CAPTION}, {model}", energy
-        errors = partial(errors_and_kl, summary, runs, model)
-        yield f"errors-{model}.png", f"{ERRORS_CAPTION}, {model}", errors
-    yield "zero_shot.png", "Zero-shot accuracy against model size", partial(size_figures.zero_shot, summary)
-    yield "seconds.png", "Time to quantize against model size", partial(size_figures.seconds, summary)
 
 
 def _files(report: Report, pairs: list[Pair], correlated: pd.DataFrame) -> dict[str, bytes]:

@@ -2,7 +2,7 @@
 
 The colors are those of Okabe and Ito ("Color universal design", 2008), which color-blind readers tell apart, and some
 more; markers repeat the distinction for prints without color. Filled markers and solid lines are per-channel grids, hollow
-markers and dashed lines are all others.
+markers and dashed lines are all others; half-filled ones had act-order or other token weights.
 """
 
 import io
@@ -18,8 +18,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
 from analysis.series import METHOD_ORDER, Row
-from runners.results.metrics import PER_CHANNEL, REFERENCE, REFERENCE_WORDS
+from runners.results.metrics import LENGTH_ONE_WORDS, PER_CHANNEL, REFERENCE, REFERENCE_WORDS
 
+ACT_ORDER = "act-order"  # as `grid_words` has it
+FILLS = {(True, False): "left", (False, True): "bottom", (True, True): "right"}  # by `_kind`
+HALF_WORDS = {(True, False): ACT_ORDER, (False, True): LENGTH_ONE_WORDS, (True, True): f"{ACT_ORDER}, {LENGTH_ONE_WORDS}"}
 DPI = 160  # sharp on a screen of double density at the width that the page shows, and in a column of print
 HOLLOW = "white"
 GRAY = "#999999"  # of lines that help to read and are no method's
@@ -71,18 +74,36 @@ def is_hollow(grid: str) -> bool:
     return grid not in ("", PER_CHANNEL)
 
 
-def panels(rows: int, columns: int, width: float = 3.6, height: float = 2.9) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of rows x columns panels, each `width` x `height` inches, with room for a legend."""
+def fill(grid: str) -> dict[str, Any]:
+    """How the markers of a grid, in words, are filled: whole, hollow, or half where it is none of the plain ones."""
+    style = "full" if not is_hollow(grid) else FILLS.get(_kind(grid), "none")
+    return {"fillstyle": style, "markerfacecoloralt": HOLLOW} | ({"markerfacecolor": HOLLOW} if style == "none" else {})
+
+
+def fill_words(grid: str) -> str:
+    """What the fill of a marker says, for the legend."""
+    return PER_CHANNEL if not is_hollow(grid) else HALF_WORDS.get(_kind(grid), "groups, or its own grid")
+
+
+def _kind(grid: str) -> tuple[bool, bool]:
+    """Whether a grid, in words, has act-order, and other token weights."""
+    return ACT_ORDER in grid, LENGTH_ONE_WORDS in grid
+
+
+def panels(
+    rows: int, columns: int, width: float = 3.6, height: float = 2.9, share: bool = False
+) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of rows x columns panels, each `width` x `height` inches, with room for a legend; axes may be shared."""
     figure = Figure(figsize=(width * columns + 1.9, height * rows + 0.3), layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: it would keep every figure alive, and open a window where there is a display
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share)
     return figure, [list(row) for row in axes]
 
 
-def legend(figure: Figure, look: Look, extra: list[Line2D]) -> None:
-    """One legend for all panels, to their right, where it covers no data."""
+def legend(figure: Figure, look: Look, extra: list[Line2D], line: str = "-") -> None:
+    """One legend for all panels, to their right, where it covers no data; `line` is that of the methods."""
     handles = [
-        legend_key(label, color=color, marker=marker, linestyle="--" if label in REFERENCE_WORDS else "-")
+        legend_key(label, color=color, marker=marker, linestyle="--" if label in REFERENCE_WORDS else line)
         for label, (color, marker) in look.items()
     ]
     figure.legend(handles=[*handles, *extra], loc="outside right upper", fontsize=8)
