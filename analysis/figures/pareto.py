@@ -30,7 +30,8 @@ def pareto_caption(summary: list[Row], model: str) -> str:
     several = any(row["seeds"] > 1 for row in rows)
     bars = "; bars: standard deviation over the seeds" if several else ""
     single = ", none where there is one" if several and any(row["seeds"] == 1 for row in rows) else ""
-    return f"Perplexity against bits per weight, {model} ({seed_words(rows)}{bars}{single})"
+    moved = "points that would cover each other are moved apart sideways"
+    return f"Perplexity against bits per weight, {model} ({seed_words(rows)}{bars}{single}; {moved})"
 
 
 @styled

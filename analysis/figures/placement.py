@@ -8,7 +8,7 @@ from runners.results.metrics import BITS_PER_WEIGHT, stores_far_more
 
 FAR = 1 / 3  # of the width of all others: a point that is farther to their right would squeeze them
 WIDE, HIGH = 0.018, 0.024  # of a panel: points that are closer than this in both directions cover each other
-MOST_STEPS = 5  # to either side
+MOST_STEPS = 2  # to either side: a point must stay near the bits that it stores
 
 
 class Place(NamedTuple):

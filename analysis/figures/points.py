@@ -53,7 +53,7 @@ def draw_point(axis: Axes, row: Row, place: tuple[float, float], y: str, look: L
 def _draw(axis: Axes, rows: list[Row], places: list[tuple[float, float]], y: str, look: Look, line: str) -> None:
     color, marker = look[rows[0]["label"]]
     errors = [row.get(f"{y}_stderr", row["deviations"].get(y, math.nan)) for row in rows]
-    bar = axis.errorbar(
+    axis.errorbar(
         [place[0] for place in places],
         [place[1] for place in places],
         yerr=None if all(map(math.isnan, errors)) else errors,
@@ -64,10 +64,9 @@ def _draw(axis: Axes, rows: list[Row], places: list[tuple[float, float]], y: str
         elinewidth=1,
         capsize=2,
         label=rows[0]["label"],
+        markeredgewidth=0.8,
         **fill(rows[0]["grid"]),
     )
-    for each in bar.lines[0:1]:
-        each.set_markeredgewidth(0.8)
 
 
 def fill_keys(rows: list[Row]) -> list[Line2D]:

@@ -76,8 +76,9 @@ def is_hollow(grid: str) -> bool:
 
 def fill(grid: str) -> dict[str, Any]:
     """How the markers of a grid, in words, are filled: whole, hollow, or half where it is none of the plain ones."""
-    style = "full" if not is_hollow(grid) else FILLS.get(_kind(grid), "none")
-    return {"fillstyle": style, "markerfacecoloralt": HOLLOW} | ({"markerfacecolor": HOLLOW} if style == "none" else {})
+    if half := FILLS.get(_kind(grid)):
+        return {"fillstyle": half, "markerfacecoloralt": HOLLOW}
+    return {"markerfacecolor": HOLLOW} if is_hollow(grid) else {}
 
 
 def fill_words(grid: str) -> str:
