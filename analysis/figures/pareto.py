@@ -131,5 +131,11 @@ def _break_axis(axis: Axes, edge: float, slots: list[float], names: list[str]) -
     axis.set_xticks([*ticks, *slots], [*map(short, ticks), *names])
     axis.axvspan(edge, axis.get_xlim()[1], color=GRAY, alpha=0.12, linewidth=0, zorder=0)
     axis.annotate(
-        "//", (edge, 0), xycoords=axis.get_xaxis_transform(), ha="center", va="center", fontsize=10, annotation_clip=False
+        "//",
+        (edge, 0),
+        xycoords=axis.get_xaxis_transform(),
+        ha="center",
+        va="center",
+        fontsize=10,
+        annotation_clip=False,
     )

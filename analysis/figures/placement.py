@@ -54,8 +54,7 @@ def apart(
             for spot in tried
             if all(
                 # not quite a whole step: two points that are one step apart are free of each other
-                abs(spot.x - other.x) >= 0.99 * WIDE * width
-                or abs(scale(spot.y) - scale(other.y)) >= HIGH * height
+                abs(spot.x - other.x) >= 0.99 * WIDE * width or abs(scale(spot.y) - scale(other.y)) >= HIGH * height
                 for other in taken
             )
         )

@@ -22,7 +22,11 @@ from runners.results.metrics import LENGTH_ONE_WORDS, PER_CHANNEL, REFERENCE, RE
 
 ACT_ORDER = "act-order"  # as `grid_words` has it
 FILLS = {(True, False): "left", (False, True): "bottom", (True, True): "right"}  # by `_kind`
-HALF_WORDS = {(True, False): ACT_ORDER, (False, True): LENGTH_ONE_WORDS, (True, True): f"{ACT_ORDER}, {LENGTH_ONE_WORDS}"}
+HALF_WORDS = {
+    (True, False): ACT_ORDER,
+    (False, True): LENGTH_ONE_WORDS,
+    (True, True): f"{ACT_ORDER}, {LENGTH_ONE_WORDS}",
+}
 DPI = 160  # sharp on a screen of double density at the width that the page shows, and in a column of print
 HOLLOW = "white"
 GRAY = "#999999"  # of lines that help to read and are no method's

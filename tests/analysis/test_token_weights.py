@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from analysis.collect import collect, read_tables
-from analysis.figures import layer_figures
 from analysis.figures.energy import token_energy
+from analysis.figures.layer_choice import layer_choices
 from analysis.figures.points import LeftOut
 from analysis.intervals import compare_peers, window_losses, winners
 from analysis.published import comparable
@@ -100,20 +100,16 @@ def test_series_of_other_token_weights_have_words_of_their_own_and_are_no_rivals
     assert all(pair.first["grid"] == pair.other["grid"] for pair in pairs)
     won = {series for series, _ in winners(pairs)}
     assert won == {"gptq-3-uniform", "gptq-3-length_one"}  # each beats the rtn of its own weights; spqr has no rival
-    titles = [axis.get_title() for axis in _layer_axes(tmp_path)]
-    assert len(set(titles)) == 4
-    assert "m, 3 bits, a grid of its own length-one tokens" in titles
+    choices = layer_choices(summary, read_tables(frame, "layers.csv"), "m")
+    assert [choice.title for choice in choices] == [
+        f"m, 3 bits, {grid}: error of every layer relative to GPTQ's" for grid in ("per-channel", length_one)
+    ]
     page = (write_report(tmp_path) / "index.html").read_text()
     assert page.count("length-one tokens") > 6
     published = [{"model": "m", "method": "gptq", "bits": 3, "group_size": None, "text": "t", "protocol": "gptq"}]
     published[0] |= {"outlier_ratio": None}
     beside = [row["series"] for row in summary if comparable(published, row, "t")]
     assert beside == ["gptq-3-uniform"]  # papers calibrate on plain sums over tokens
-
-
-def _layer_axes(study: Path) -> list[Any]:
-    frame = collect(study)
-    return layer_figures.layer_errors(summarize(frame), read_tables(frame, "layers.csv"), "m").axes
 
 
 def test_the_report_has_the_figure_and_its_sentence(study: Path) -> None:
