@@ -41,7 +41,7 @@ def errors_and_kl(summary: list[Row], runs: pd.DataFrame, model: str) -> Figure:
             _draw_runs(axis, shown.loc[shown["text"] == text], key, look, markers)
             axis.set(xlabel=f"{LAYER_ERRORS[key]}, mean over layers", ylabel=f"KL on {text}, nats per token")
     keys = [legend_key(bits_words(number), marker=markers[number], linestyle="none") for number in bits]
-    legend(figure, {label: (color, "_") for label, (color, _) in look.items()}, keys, line="none")
+    legend(figure, {label: (color, "") for label, (color, _) in look.items()}, keys)
     return figure
 
 

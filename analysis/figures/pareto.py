@@ -101,7 +101,7 @@ def _draw_close(axis: Axes, rows: list[Row], metric: str, look: Look) -> None:
         # More room on the right: past the front's end other methods take more bits for about the same perplexity.
         axis.set_xlim(min(near) - 0.1, max(near) + 0.4)
         left, right = axis.get_xlim()
-        inside = [row for row in known if row[metric] <= CLOSE * floor and left <= row[BITS_PER_WEIGHT] <= right]
+        inside = [row for row in known if row[metric] <= 0.99 * CLOSE * floor and left <= row[BITS_PER_WEIGHT] <= right]
         _draw_points(axis, inside, metric, look, float)
     _draw_lines(axis, rows, known, metric)
 

@@ -8,7 +8,8 @@ from runners.results.metrics import BITS_PER_WEIGHT, stores_far_more
 
 FAR = 1 / 3  # of the width of all others: a point that is farther to their right would squeeze them
 WIDE, HIGH = 0.018, 0.024  # of a panel: points that are closer than this in both directions cover each other
-MOST_STEPS = 2  # to either side: a point must stay near the bits that it stores
+MOST_STEPS = 2  # to either side,
+MOST_MOVED = 0.09  # in bits per weight: a point must stay near what it stores
 
 
 class Place(NamedTuple):
@@ -45,10 +46,12 @@ def apart(
         scale: `math.log` for a logarithmic y axis.
     """
     width, height = across[1] - across[0], scale(along[1]) - scale(along[0])
+    steps = min(MOST_STEPS, int(MOST_MOVED / (WIDE * width)))
     taken: list[Place] = []
     for place in places:
-        moves = [side * step * WIDE * width for step in range(MOST_STEPS + 1) for side in (1, -1)]
+        moves = [side * step * WIDE * width for step in range(steps + 1) for side in (1, -1)]
         tried = [Place(place.x + move, place.y) for move in moves]
+        tried = [spot for spot in tried if across[0] + WIDE * width <= spot.x <= across[1] - WIDE * width]
         free = (
             spot
             for spot in tried

@@ -21,7 +21,9 @@
 from IPython.display import Image, display
 
 from analysis.collect import collect, read_tables
-from analysis.figures import layer_figures, size_figures
+from analysis.figures import size_figures
+from analysis.figures.layer_choice import layer_choices
+from analysis.figures.layer_figures import layer_errors
 from analysis.figures.pareto import pareto
 from analysis.figures.points import LeftOut
 from analysis.figures.style import png
@@ -41,11 +43,13 @@ summary = summarize(frame)
 Image(png(pareto(summary, model)))
 
 # %% [markdown]
-# The error of every linear layer, at 3 bits.
+# The error of every linear layer at 3 bits, over that which GPTQ leaves in it: one figure per grid.
 
 # %%
 at_3_bits = collect(study, {"bits": "3"})
-Image(png(layer_figures.layer_errors(summarize(at_3_bits), read_tables(at_3_bits, "layers.csv"), model)))
+layers = read_tables(at_3_bits, "layers.csv")
+for choice in layer_choices(summarize(at_3_bits), layers, model):
+    display(Image(png(layer_errors(choice, layers))))
 
 # %% [markdown]
 # Other figures need several sizes of a model; a study without them is told so.

@@ -122,7 +122,7 @@ def test_what_stores_far_more_is_beyond_a_break_with_its_bits_as_a_tick() -> Non
 
 def test_points_that_would_cover_each_other_are_moved_apart_and_others_are_not() -> None:
     places = [Place(3.0, 10.0), Place(3.0, 10.01), Place(3.0, 10.02), Place(4.0, 10.0), Place(3.0, 30.0)]
-    moved = apart(places, (2.0, 5.0), (10.0, 1000.0), math.log)
+    moved = apart(places, (2.0, 5.0), (9.0, 1000.0), math.log)
     assert [place.y for place in moved] == [place.y for place in places]
     assert (moved[0], moved[3], moved[4]) == (places[0], places[3], places[4])
     first, second, third = sorted(place.x for place in moved[:3])
