@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -124,28 +125,28 @@ def _calibrated_alike(one: Row, other: Row) -> bool:
     return all(first[name] == second[name] for name in first.keys() & second.keys())
 
 
-def errors_of(choice: LayerChoice, layers: pd.DataFrame) -> tuple[str, dict[str, pd.Series]]:
+def errors_of(choice: LayerChoice, layers: pd.DataFrame) -> tuple[str, dict[str, Any]]:
     """The column of layers.csv that the figure shows, and of each series its values by kind of layer and block.
 
     Held-out errors where every series has them: those of the calibration data flatter whoever fits them longest. They are
     means over the seeds that a series and its base share; of several layers of a kind in a block (experts), over these.
     """
     series = {row["series"] for pair in choice.shown for row in pair if row}
-    known = layers.loc[layers["series"].isin(series)]
+    known = layers.loc[layers["series"].isin(sorted(series))]
     held_out = "held_out_error" in known and known.groupby("series")["held_out_error"].any().all()
     column = "held_out_error" if held_out else "relative_error"
     kinds = kind_names(list(dict.fromkeys(known["layer"])))
     by = ["series", "kind", "block", "seed"]
-    every: pd.Series = known.assign(kind=known["layer"].map(kinds)).groupby(by, sort=False)[column].mean()
+    every: Any = known.assign(kind=known["layer"].map(kinds)).groupby(by, sort=False)[column].mean()
     return column, {row["series"]: _relative(every, row, base) for row, base in choice.shown}
 
 
-def _relative(every: pd.Series, row: Row, base: Row | None) -> pd.Series:
+def _relative(every: Any, row: Row, base: Row | None) -> Any:
     own = every.loc[row["series"]]
     levels = ["kind", "block"]
     if base is None:
         return own.groupby(level=levels, sort=False).mean()
-    pair = pd.concat([own, every.loc[base["series"]]], axis=1, join="inner", keys=["own", "base"])
+    pair: Any = pd.concat([own, every.loc[base["series"]]], axis=1, join="inner", keys=["own", "base"])
     means = pair.groupby(level=levels, sort=False).mean()
     return (means["own"] / means["base"]).where(lambda ratio: ratio.map(math.isfinite))
 

@@ -4,6 +4,7 @@ What it shows, and relative to what, is chosen by `layer_choice`.
 """
 
 import math
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -53,7 +54,7 @@ def layer_errors(choice: LayerChoice, layers: pd.DataFrame) -> Figure:
     return figure
 
 
-def _draw_line(axis: Axes, values: pd.Series, kind: str, color: str, marker: str) -> None:
+def _draw_line(axis: Axes, values: Any, kind: str, color: str, marker: str) -> None:
     """One series in a panel. What is not above zero has no place on a logarithmic axis."""
     if kind not in values.index.unique("kind"):
         return
