@@ -132,7 +132,7 @@ def test_points_that_would_cover_each_other_are_moved_apart_and_others_are_not()
 
 def test_seeds_are_named_only_where_there_are_several(summary: list[Row]) -> None:
     assert "(mean over 2 seeds; bars: standard deviation over the seeds;" in pareto_caption(summary, "opt-13b")
-    single = [row | {"seeds": 1} for row in summary]
+    single: list[Row] = [row | {"seeds": 1} for row in summary]
     assert "(one seed; points" in pareto_caption(single, "opt-13b")
     mixed = [row | {"seeds": 1 if row["bits"] == 4 else 3} for row in summary]
     assert "mean over 1 to 3 seeds; bars: standard deviation over the seeds, none where" in pareto_caption(
