@@ -66,7 +66,11 @@ def _layer_drawings(summary: list[Row], layers: pd.DataFrame, model: str) -> Ite
     grids = {row["grid"] for row in quantized(summary) if row["model"] == model}
     others = sorted(grids - {choice.grid for choice in choices})
     if not choices:
-        yield "", f"Error by layer, {model}", partial(_leave_out, f"no quantized run of {model} has measured layer errors.")
+        yield (
+            "",
+            f"Error by layer, {model}",
+            partial(_leave_out, f"no quantized run of {model} has measured layer errors."),
+        )
     elif others:
         why = f"there are {MOST_GRIDS} grids for each number of bits; a report on some runs alone shows those of these."
         yield "", f"Error by layer, {model}, {' and '.join(others)}", partial(_leave_out, why)

@@ -31,7 +31,8 @@ class LayerChoice:
         model: its name.
         bits: of all its series.
         grid: of all its series, in words.
-        base: the method whose errors the others are divided by; None where none of `BASES` was run: errors as they are.
+        base: the method whose errors the others are divided by; None where none of `BASES` was run, or nothing but one of
+            them: errors as they are.
         shown: the series in the order of tables, each with the one that it is divided by (None without a base).
         hidden: series that are not shown.
     """
@@ -55,7 +56,8 @@ class LayerChoice:
             return " relative to GPTQ's"
         if self.base:
             return f" relative to {self.base}'s (GPTQ was not run)"
-        return f" ({' and '.join(BASES)} were not run)"
+        alone = any(row["method"] in BASES for row, _ in self.shown)
+        return "" if alone else f" ({' and '.join(BASES)} were not run)"
 
     @property
     def caption(self) -> str:
@@ -103,6 +105,8 @@ def _choice(model: str, bits: int, grid: str, rows: list[Row]) -> LayerChoice:
     """The base, and the series that are nearest to it in what they store: more bits would explain a lower error."""
     members = [row for row in rows if row["grid"] == grid]
     base = next((method for method in BASES if any(row["method"] == method for row in members)), None)
+    if all(row["method"] == base for row in members):
+        base = None  # there is nothing to compare with it
     bases = [row for row in members if row["method"] == base]
     pairs = [(row, _base_of(row, bases)) for row in members]
     drawn = [(row, other) for row, other in pairs if row is not other and (other is not None or base is None)]

@@ -6,8 +6,8 @@ import pytest
 
 from analysis.collect import collect, read_tables
 from analysis.correlation import run_errors
+from analysis.figures.layer_choice import layer_choices
 from analysis.figures.layer_figures import layer_errors
-from analysis.figures.points import LeftOut
 from analysis.report import write_report
 from analysis.series import summarize
 from analysis.tables.comparison import comparison
@@ -36,7 +36,10 @@ def test_a_study_with_and_without_calibration(study: Path) -> None:
     summary = summarize(frame)
     errors = run_errors(frame, summary)
     assert list(errors.groupby("label")["layers/mean_relative_error"].count()) == [2, 0]
-    figure = layer_errors(summary, read_tables(frame, "layers.csv"), frame["model"].iloc[0])
+    layers = read_tables(frame, "layers.csv")
+    (choice,) = layer_choices(summary, layers, frame["model"].iloc[0])
+    assert choice.title.endswith("per-channel: error of every layer")  # of rtn alone, relative to nothing
+    figure = layer_errors(choice, layers)
     named = [text.get_text() for text in figure.legends[0].get_texts()]
     assert "rtn calibration=c4" in named
     assert "rtn calibration=none" not in named
@@ -52,7 +55,6 @@ def test_a_study_without_any_calibration(toy_settings: ToySettings) -> None:
     table = comparison(frame)
     assert list(table["method"][1:]) == ["rtn"]
     assert not [name for name in table.columns if "layer error" in name] or set(table["relative layer error"]) == {""}
-    with pytest.raises(LeftOut, match="has measured layer errors"):
-        layer_errors(summarize(frame), read_tables(frame, "layers.csv"), frame["model"].iloc[0])
+    assert not layer_choices(summarize(frame), read_tables(frame, "layers.csv"), frame["model"].iloc[0])
     page = (write_report(settings.study_folder) / "index.html").read_text()
     assert "has measured layer errors" in page
