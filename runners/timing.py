@@ -42,8 +42,13 @@ class Meter:
 
     def __exit__(self, *_: object) -> None:
         self.seconds = clock(self._device) - self._start
-        peak = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else _peak()
-        self.peak_memory_gb = peak / 1e9
+        self.peak_memory_gb = peak_so_far_gb(self._device)
+
+
+def peak_so_far_gb(device: torch.device) -> float:
+    """The peak memory since the last `Meter` began, as it measures it: within a stage, which may yet be killed."""
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak()
+    return peak / 1e9
 
 
 class Phases:

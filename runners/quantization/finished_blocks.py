@@ -40,12 +40,14 @@ class Manifest:
         records: results of its layers.
         memory: `Memory.state` at the end of the block.
         seconds: spent on the block, by phase.
+        peak_memory_gb: the most that the process had taken, from when it began to quantize to the end of the block.
     """
 
     sha256: str
     records: list[LayerRecord]
     memory: dict[str, Any]
     seconds: dict[str, float]
+    peak_memory_gb: float = 0.0  # absent from older manifests
 
 
 class FinishedBlocks:
@@ -116,6 +118,11 @@ class FinishedBlocks:
     def sha256(self) -> str:
         """The digest of the whole quantized checkpoint: of the finished blocks' digests, in order."""
         return sha256("".join(manifest.sha256 for manifest in self.manifests).encode()).hexdigest()
+
+    @property
+    def peak_memory_gb(self) -> float:
+        """The most that any of the processes has taken that have finished blocks; 0 without any."""
+        return max((manifest.peak_memory_gb for manifest in self.manifests), default=0.0)
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"

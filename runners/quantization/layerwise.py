@@ -20,6 +20,7 @@ from runners.quantization.calibration_modes import CalibrationMode
 from runners.quantization.finished_blocks import FinishedBlocks
 from runners.quantization.group_solver import GroupSolver, LayerGroup, SolvedLayer, left_alone
 from runners.results.layers import LayerRecord
+from runners.timing import peak_so_far_gb
 
 
 class Quantization:
@@ -129,4 +130,9 @@ class Quantization:
         if self.finished is None:
             return
         seconds = {name: value - seconds_before.get(name, 0.0) for name, value in self._phases.seconds.items()}
-        self.finished.save(index, quantized, {"records": records, "memory": self._memory.state, "seconds": seconds})
+        peak = peak_so_far_gb(self._source.device)
+        self.finished.save(
+            index,
+            quantized,
+            {"records": records, "memory": self._memory.state, "seconds": seconds, "peak_memory_gb": peak},
+        )

@@ -95,7 +95,7 @@ class Stages:
         return summarize_layers(records, self.inputs.checkpoint.parameters, stored_bits) | {
             # Not the meter's seconds: the phases add up over all processes of a run that was interrupted and resumed.
             metrics.QUANTIZE_SECONDS: sum(phases.seconds.values()),
-            metrics.QUANTIZE_MEMORY: meter.peak_memory_gb,
+            metrics.QUANTIZE_MEMORY: max(meter.peak_memory_gb, self.blocks.peak_memory_gb),
             **{metrics.phase_seconds(phase): seconds for phase, seconds in phases.seconds.items()},
             **(_calibration_metrics(sequences) if sequences else {}),
             metrics.CHECKPOINT_SHA256: self.blocks.sha256,

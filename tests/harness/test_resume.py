@@ -23,7 +23,7 @@ from tests.conftest import ToySettings, save_toy
 
 KILLS = 25
 LAYERS = 6
-VOLATILE = ("seconds", "memory_gb", "cache/", "folder", "tracker")  # differ from run to run
+VOLATILE = ("seconds", "memory_gb", "cache/", "folder", "tracker", "seal")  # differ from run to run
 LIVES = multiprocessing.get_context("forkserver")  # a clean process for each life, forked in milliseconds
 
 
@@ -282,3 +282,22 @@ def test_an_identity_that_cannot_be_read_is_a_sentence(half_done: Settings) -> N
     (half_done.folder / "checkpoint" / "identity.json").write_text("[")
     with pytest.raises(InputError, match=r"identity\.json is damaged .* force=true"):
         FinishedBlocks(half_done.folder, {"model": "m"}).resume()
+
+
+def test_the_peak_memory_is_that_of_all_parts(toy_settings: ToySettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = toy_settings("method=rtn", "device=cpu")
+    save = FinishedBlocks.save
+
+    def stop(self: FinishedBlocks, index: int, *rest: Any) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+        save(self, index, *rest)
+
+    with monkeypatch.context() as first:
+        first.setattr("runners.timing._peak", lambda: 7_000_000_000)
+        first.setattr(FinishedBlocks, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_cell(settings)
+    monkeypatch.setattr("runners.timing._peak", lambda: 2_000_000_000)
+    row = run_cell(settings)
+    assert (row["quantize/peak_memory_gb"], row["evaluate/peak_memory_gb"]) == (7, 2)
