@@ -174,8 +174,8 @@ def test_fewer_than_four_runs_are_left_out_with_a_reason(tmp_path: Path) -> None
     assert "of 3 quantized runs of m is known" in (folder / "index.html").read_text()
 
 
-def test_the_report_shows_the_table_on_its_page_and_in_three_files(study: Path) -> None:
-    folder = write_report(study)
+def test_the_report_shows_the_table_on_its_page_and_in_three_files(reported: Path) -> None:
+    folder = reported / "report"
     page = (folder / "index.html").read_text()
     assert "Rank correlation of layer errors with the KL divergence" in page
     assert page.count('href="correlation.') == 3

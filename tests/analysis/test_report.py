@@ -17,7 +17,7 @@ from analysis.tables.libraries import datatables, vega
 from runners.errors import InputError
 from runners.results.studies import remember
 from tests.conftest import PROJECT
-from tests.studies import write_run, write_study
+from tests.studies import write_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 TINY = PROJECT / "results" / "tiny"
@@ -35,13 +35,6 @@ PROBE = """<script>addEventListener("load", () => {
 });</script></body>"""
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_study(tmp_path_factory.mktemp("studies") / "made <up>")
-    write_report(folder)
-    return folder
-
-
 class Links(HTMLParser):
     """Every address in a page."""
 
@@ -54,17 +47,17 @@ class Links(HTMLParser):
         self.found += [value for name, value in attrs if name in ("href", "src") and value]
 
 
-def test_every_link_of_the_page_leads_to_a_file(study: Path) -> None:
-    links = Links((study / "report" / "index.html").read_text()).found
+def test_every_link_of_the_page_leads_to_a_file(reported: Path) -> None:
+    links = Links((reported / "report" / "index.html").read_text()).found
     runs = [link for link in links if link.startswith("../")]
     assert len(runs) > 100
     assert {f"../opt-13b/gptq-3b-{seed}" for seed in (0, 1)} <= set(runs)
     for link in links:
-        assert link == "data:," or link.startswith("#part-") or (study / "report" / link).exists(), link
+        assert link == "data:," or link.startswith("#part-") or (reported / "report" / link).exists(), link
 
 
-def test_the_page_shows_what_is_missing_and_where_numbers_were_made(study: Path) -> None:
-    page = (study / "report" / "index.html").read_text()
+def test_the_page_shows_what_is_missing_and_where_numbers_were_made(reported: Path) -> None:
+    page = (reported / "report" / "index.html").read_text()
     assert "made &lt;up&gt;" in page
     assert "exception: quantize: OutOfMemoryError: &lt;40 GB&gt;" in page
     assert "skipped: zero_shot/arc" in page
@@ -91,10 +84,10 @@ def test_a_report_has_the_same_bytes_every_time_and_no_old_files(tmp_path: Path)
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page in")
 @pytest.mark.parametrize("which", ["made up", "committed"])
 def test_a_browser_shows_the_page_with_all_its_figures_and_fetches_nothing_else(
-    which: str, study: Path, tmp_path: Path
+    which: str, reported: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "report"
-    shutil.copytree((study if which == "made up" else TINY) / "report", folder)
+    shutil.copytree((reported if which == "made up" else TINY) / "report", folder)
     page = folder / "index.html"
     text = page.read_text(encoding="utf-8")
     page.write_text(PROBE.join(text.rsplit("</body>", 1)), encoding="utf-8")  # a library has such a string too

@@ -112,8 +112,8 @@ def test_series_of_other_token_weights_have_words_of_their_own_and_are_no_rivals
     assert beside == ["gptq-3-uniform"]  # papers calibrate on plain sums over tokens
 
 
-def test_the_report_has_the_figure_and_its_sentence(study: Path) -> None:
-    folder = write_report(study)
+def test_the_report_has_the_figure_and_its_sentence(reported: Path) -> None:
+    folder = reported / "report"
     assert (folder / "energy-opt-13b.png").exists()
     assert (
         "Share of the energy of an input that the largest 1 % of the calibration tokens carry"
