@@ -93,14 +93,30 @@ def json_rows(file: Path, content: bytes, column: str) -> list[str]:
     Raises:
         InputError: a line is damaged; the message has its number.
     """
+    _decoded(file, content)  # for its sentence, where that is what is wrong
     rows = []
     for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue  # many editors end a file with an empty line
         try:
-            row = json.loads(line)[column]
-            row.encode()  # JSON allows half a surrogate pair (\ud800), which no tokenizer can encode
+            row = json.loads(line)
+            text = row[column]
+            text.encode()  # JSON allows half a surrogate pair (\ud800), which no tokenizer can encode
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            row = None
-        if not isinstance(row, str):
-            raise InputError(f"line {number} of {file} is not a JSON object with a text in {column!r}")
-        rows.append(row)
+            text = None
+        if not isinstance(text, str):
+            what = f"line {number} of {file} is not a JSON object with a text in {column!r}"
+            raise InputError(what + _other_columns(line, column))
+        rows.append(text)
     return rows
+
+
+def _other_columns(line: bytes, column: str) -> str:
+    """For the end of a sentence: the keys of a line that do have texts; "" where there are none, or the line is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return ""
+    texts = [key for key, text in row.items() if isinstance(text, str) and key != column] if type(row) is dict else []
+    named = ", ".join(f"{key[:40]!r}" for key in texts[:5])
+    return f" (it has texts in {named}; for a file of your own, column=NAME chooses)" if texts else ""

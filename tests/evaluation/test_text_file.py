@@ -36,6 +36,11 @@ def test_json_lines_are_documents(tmp_path: Path) -> None:
     assert TextFile(str(tmp_path / "my.jsonl"), column="body").rows(None) == ["1", "2"]
 
 
+def test_empty_lines_between_json_lines_are_no_documents(tmp_path: Path) -> None:
+    file = own_text(tmp_path, '\ufeff{"text": "one"}\r\n\n  \n{"text": "two"}\n\n', "my own texts.jsonl")
+    assert TextFile(str(file)).rows(None) == ["one", "two"]
+
+
 BROKEN: dict[str, tuple[bytes, str]] = {
     "empty.txt": (b"", "is empty: there is no text in it"),
     "blank.txt": (b" \n\n", "is empty"),
@@ -47,7 +52,12 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "blank.jsonl": (b'{"text": " "}\n', "is empty"),
     "broken.jsonl": (b'{"text": "fine"}\n{"text"', "line 2 of .* is not a JSON object with a text in 'text'"),
     "other.jsonl": (b'{"body": "fine"}\n', "line 1 of .* is not a JSON object with a text in 'text'"),
-    "latin.jsonl": (b'{"text": "na\xefve"}\n', "line 1 of .* is not a JSON object"),
+    "latin.jsonl": (b'{"text": "na\xefve"}\n', "line 1 of .* is not UTF-8: convert it"),
+    "list.jsonl": (b"[1]\n", "line 1 of .* is not a JSON object with a text in 'text'$"),
+    "number.jsonl": (
+        b'{"text": 1, "body": "a", "n": 2}\n',
+        "with a text in 'text' .it has texts in 'body'; .* column=NAME chooses.$",
+    ),
 }
 
 
