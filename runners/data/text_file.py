@@ -53,7 +53,7 @@ class TextFile:
 
     def _read(self) -> tuple[tuple[str, ...], str]:
         file = Path(self.path).expanduser()
-        if file.suffix not in (TEXT, JSON_LINES):
+        if file.suffix not in (TEXT, JSON_LINES) and not file.is_dir():
             raise InputError(
                 f"{file} is neither {TEXT} nor {JSON_LINES}, which are the texts that can be read: rename it"
             )

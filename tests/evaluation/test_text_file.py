@@ -79,8 +79,9 @@ def test_a_text_must_be_named_and_be_there(tmp_path: Path, group: str) -> None:
     with pytest.raises(InputError, match=r"nowhere\.txt does not exist"):
         check([f"{group}=file", f"{group}.path={tmp_path / 'nowhere.txt'}"], multirun=False)
     (tmp_path / "a.txt").mkdir()
-    with pytest.raises(InputError, match="is a folder, not a file"):
-        check([f"{group}=file", f"{group}.path={tmp_path / 'a.txt'}"], multirun=False)
+    for folder in (tmp_path / "a.txt", tmp_path):
+        with pytest.raises(InputError, match="is a folder, not a file"):
+            check([f"{group}=file", f"{group}.path={folder}"], multirun=False)
 
 
 def test_the_content_is_in_the_digest_and_the_place_is_not(toy_settings: ToySettings, tmp_path: Path) -> None:
