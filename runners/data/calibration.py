@@ -212,7 +212,8 @@ def _from_all(
         fit = f" to {len(ids) // length}" if len(ids) >= length else ""
         raise InputError(
             f"calibration={calibration.name} has {len(ids)} tokens, fewer than the {calibration.num_sequences} sequences of "
-            f"{length} that are asked for: lower calibration.num_sequences{fit} or model.sequence_length, or take another text"
+            f"{length} that are asked for: lower calibration.num_sequences{fit} or model.sequence_length, or take another "
+            "text"
         )
     free = torch.ones(len(ids) - length + 1, dtype=torch.bool)  # where a held-out window may begin
     starts = [generator.randrange(len(free)) for _ in range(calibration.num_sequences)]

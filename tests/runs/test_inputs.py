@@ -168,7 +168,10 @@ def test_a_broken_line_of_a_data_set(toy_settings: ToySettings, tmp_path: Path, 
     with file.open("ab") as opened:
         opened.write(line.encode("utf-8", "surrogateescape") + b"\n")
     error = fails(toy_settings, f"data_root={tmp_path / 'data'}")["error"]
-    assert error == f"line 2 of {file} is not a JSON object with a text in 'text'"
+    what = "a JSON object with a text in 'text'"
+    if line == "\udcff":
+        what = "UTF-8: convert it, for example with iconv -t UTF-8"
+    assert error == f"line 2 of {file} is not {what}"
 
 
 def test_a_data_set_that_the_data_root_lacks(toy_settings: ToySettings, data_root: Path) -> None:
