@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from analysis.intervals import LOWEST_NOTE
 from analysis.tables import correlations, libraries
 from analysis.tables.comparison import notes
+from analysis.tables.notes import CALIBRATED_WITH
 from analysis.tables.papers import PaperTable, layout
 
 LEFT = (
@@ -27,7 +28,7 @@ LEFT = (
     "text",
     "what",
     "why",
-    "calibration.bos",
+    CALIBRATED_WITH,
     "device",
     "commit",
 )  # columns of words; numbers go right

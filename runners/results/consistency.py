@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from runners.results import metrics
+from runners.results.layers import ERRORS
 from runners.results.metrics import METRICS
 
 Row = dict[str, str]
@@ -64,8 +65,7 @@ def _of_layers(rows: list[Row], run: dict[str, Any]) -> Iterator[str]:
     if len(rows) != count:
         yield f"it has {len(rows)} rows, and {metrics.LAYER_COUNT} in {METRICS} says {count}"
     solved = [row for row in rows if row.get("left_alone") != "True"]
-    errors = (metrics.RELATIVE_ERROR, metrics.HELD_OUT_ERROR, metrics.TOKEN_ERROR)
-    for key, name in zip(errors, ("relative_error", "held_out_error", "token_error"), strict=True):
+    for key, name in ERRORS.items():
         values = [float(row[name]) for row in solved if row.get(name)]
         yield from _unlike(name, values, [1.0] * len(values), key, run)
     if rows and "out_features" in rows[0]:

@@ -56,8 +56,8 @@ def run_experiment(settings: Settings) -> list[dict[str, Any]]:
         InputError: as for `run_cell`.
     """
     if settings.run.quantizes:  # a damaged one is refused before the minutes of the cell
-        execution = settings.reference().execution
-        RunFolder(settings.reference().folder).metrics_to_keep(execution.force, execution.retry_failed)
+        reference = settings.reference()
+        RunFolder(reference.folder).metrics_to_keep(reference.execution.force, reference.execution.retry_failed)
     metrics = run_cell(settings)
     if not settings.run.quantizes or metrics["status"] in (Status.FAILED, Status.RUNNING):
         return [metrics]
