@@ -115,21 +115,19 @@ def _against_size(name: str) -> Any:
 
 
 def _layer_error(names: list[str]) -> list[Any]:
-    """Relative errors by layer, by decoder block and by sweep, and the figures that the runs have logged."""
+    """Relative errors by decoder block and by sweep, and the figures that the runs have logged."""
     import wandb_workspaces.reports.v2 as wr
 
-    held_out = {"held_out_error": metrics.HELD_OUT_ERROR, "token_error": metrics.TOKEN_ERROR}
-    curves = ["relative_error", *(curve for curve, key in held_out.items() if key in names)]
-    by_layer = [
-        wr.LinePlot(
-            title=curve, x=content.LAYER_INDEX, y=[content.LAYER + curve], log_y=True, max_runs_to_show=MAX_RUNS
-        )
-        for curve in curves
+    curves = {"relative error by block": content.LAYER_ERROR, "the same, held out": content.HELD_OUT}
+    if metrics.HELD_OUT_ERROR not in names:
+        del curves["the same, held out"]
+    by_block = [
+        wr.LinePlot(title=title, x="Step", metric_regex=f"^{curve}.*", log_y=True, max_runs_to_show=MAX_RUNS)
+        for title, curve in curves.items()
     ]
-    by_block = wr.LinePlot(title="by block", x=content.BLOCK, metric_regex=f"^{content.ERROR}.*", log_y=True)
     sweeps = wr.LinePlot(title="over the sweeps", x=content.SWEEP, y=[content.CONVERGENCE], max_runs_to_show=MAX_RUNS)
     figures = wr.MediaBrowser(title="figures", media_keys=[content.LAYER_ERROR_FIGURE], num_columns=2)
-    return [*by_layer, by_block, sweeps, figures]
+    return [*by_block, sweeps, figures]
 
 
 def workspace(study: str, entity: str, project: str, names: list[str]) -> Any:

@@ -11,13 +11,15 @@ import pandas as pd
 
 from runners.config.settings import Settings
 from runners.results.layers import LayerRecord
-from runners.results.metrics import CHECKPOINT_SHA256, TOKEN_WEIGHTS, Status, bits_words, grid_words
+from runners.results.metrics import CHECKPOINT_SHA256, TOKEN_WEIGHTS, Status, bits_words, grid_words, names, ppl
 
-LAYER_INDEX, BLOCK, SWEEP = "layer_index", "block", "sweep"  # the x axes of the curves
-LAYER = "layer/"  # + one of LAYER_VALUES, against LAYER_INDEX
-LAYER_VALUES = ("relative_error", "held_out_error", "token_error", "bits_per_weight", "seconds")  # fields of a record
-ERROR = "error/"  # + the layer's name in its block, against BLOCK: a few readable curves per run
-CONVERGENCE = "convergence/mean_relative_error"  # over the layers, against SWEEP
+# Names of charts. Both trackers sort them by name: errors of layers, then perplexities, then the rest.
+LAYER_ERROR = "layer_error/"  # + the layer's name in its block: relative errors, with the decoder block as the step
+HELD_OUT = "layer_error_held_out/"  # likewise, on sequences that were not used to calibrate
+PERPLEXITY = "perplexity/"  # + the text
+REST = "summary/"  # + a key of metrics.json
+CONVERGENCE = "sweeps/mean_relative_error"  # over the layers, against SWEEP
+SWEEP = "sweep"
 TABLES = ("layers", "sweeps", "windows")  # the run's files, as tables/<name>
 LAYER_ERROR_FIGURE = "figures/layer_error"
 SETTING = "setting"  # in the configuration: the same for runs that differ in their seeds alone, to group by
@@ -30,24 +32,26 @@ LONGEST_TAG, LONGEST_NAME, LONGEST_ID = 64, 128, 128 - len(ATTEMPT) - 1
 
 
 class Curves:
-    """The points of the curves of one run, layer by layer."""
+    """The points of the curves of one run, layer by layer. Their step is the index of the decoder block."""
 
     def __init__(self) -> None:
-        self._layers = 0
         self._names: dict[str, str] = {}  # of curves: the layer of the block that each shows
 
     def points(self, record: LayerRecord) -> dict[str, float]:
-        """The points to log when a layer is finished: its values, and the positions on their x axes."""
-        values = {LAYER + name: getattr(record, name, None) for name in LAYER_VALUES}
-        values[ERROR + self._curve(record.layer)] = record.relative_error
-        points = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-        self._layers += 1
-        return {LAYER_INDEX: float(self._layers - 1), BLOCK: float(record.block)} | points
+        """The points to log when a layer is finished, at the step `record.block`."""
+        curve = self._curve(record.layer)
+        values = {LAYER_ERROR + curve: record.relative_error, HELD_OUT + curve: record.held_out_error}
+        return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
     def _curve(self, layer: str) -> str:
         """The last part of the layer's name; its whole name where another layer has taken that (c_proj of GPT-2)."""
         last = layer.rpartition(".")[2]
         return last if self._names.setdefault(last, layer) == layer else layer.replace(".", "_")
+
+
+def perplexities(metrics: dict[str, Any]) -> dict[str, float]:
+    """The perplexity of every text that was measured, under the name of its chart."""
+    return {PERPLEXITY + text: metrics[ppl(text)] for text in names(metrics, "ppl")}
 
 
 def tables(folder: Path, status: str, records: list[LayerRecord]) -> dict[str, pd.DataFrame]:

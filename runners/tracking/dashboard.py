@@ -12,6 +12,7 @@ from typing import Any
 
 from runners.config.settings import Settings
 from runners.results.layers import LayerRecord
+from runners.results.metrics import keys_of
 from runners.tracking import content
 from runners.tracking.figures import layer_error_figure, pixels
 
@@ -33,15 +34,16 @@ class TrackioTracker:
 
     def layer(self, record: LayerRecord) -> None:
         """Log one point per curve."""
-        self._run.log(self._curves.points(record))
+        self._run.log(self._curves.points(record), step=record.block)
 
     def finish(self, metrics: dict[str, Any], records: list[LayerRecord]) -> None:
         """Log the numbers of `metrics.json`, its texts as a table, the run's tables, and its figure."""
         import trackio
 
         # Settings are in trackio's table of runs; as metrics each would become a chart.
-        measured = {key: value for key, value in metrics.items() if key not in self._run.config}
-        numbers = {key: value for key, value in measured.items() if isinstance(value, int | float)}
+        shown = content.perplexities(metrics)
+        left = set(metrics) - set(self._run.config) - set(keys_of(metrics, "ppl"))
+        numbers = {content.REST + key: metrics[key] for key in left if isinstance(metrics[key], int | float)}
         words = [[key, value] for key, value in metrics.items() if isinstance(value, str)]
         tables = content.tables(self._folder, metrics["status"], records)
         if "sweeps" in tables:
@@ -53,7 +55,7 @@ class TrackioTracker:
         media["tables/labels"] = trackio.Table(["name", "value"], words)
         if any(record.relative_error is not None for record in records):
             media[content.LAYER_ERROR_FIGURE] = trackio.Image(pixels(layer_error_figure(records)))
-        self._run.log(numbers | media)
+        self._run.log(shown | numbers | media)
 
     def close(self) -> None:
         """Write what is still in memory."""

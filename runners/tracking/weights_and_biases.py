@@ -35,15 +35,12 @@ class WandbTracker:
         self._exit_code = 1  # until the run is known to have gone well
         offline = run.settings.mode == "offline"
         self.where: str | None = f"wandb leet {quote(str(settings.study_folder / 'wandb'))}" if offline else run.url
-        for step in (content.LAYER_INDEX, content.BLOCK, content.SWEEP):
-            run.define_metric(step, hidden=True)
-        run.define_metric(content.LAYER + "*", step_metric=content.LAYER_INDEX)
-        run.define_metric(content.ERROR + "*", step_metric=content.BLOCK)
+        run.define_metric(content.SWEEP, hidden=True)
         run.define_metric(content.CONVERGENCE, step_metric=content.SWEEP)
 
     def layer(self, record: LayerRecord) -> None:
-        """Log one point per curve."""
-        self._run.log(self._curves.points(record))
+        """Log one point per curve. W&B's own step is the block, as any other metric of steps would be a chart in leet."""
+        self._run.log(self._curves.points(record), step=record.block)
 
     def finish(self, metrics: dict[str, Any], records: list[LayerRecord]) -> None:
         """Log `metrics.json` as the run's summary, its tables, and its figure."""
@@ -51,6 +48,7 @@ class WandbTracker:
 
         self._exit_code = int(metrics["status"] != Status.DONE)
         self._run.summary.update(metrics)
+        self._run.log(content.perplexities(metrics))
         tables = content.tables(self._folder, metrics["status"], records)
         if "sweeps" in tables:
             for sweep, error in content.convergence(tables["sweeps"]).items():

@@ -81,14 +81,20 @@ def test_the_store_holds_what_the_files_do(toy_settings: ToySettings, results: P
     assert row["tracker"] == f"TRACKIO_DIR={results / 'trackio'} trackio show --project files"
     points = [json.loads(r["metrics"]) for r in rows(results, "files", "SELECT metrics FROM metrics ORDER BY step")]
     layers = pd.read_csv(settings.folder / "layers.csv")
-    errors = [point["layer/relative_error"] for point in points if "layer/relative_error" in point]
-    assert errors == pytest.approx(list(layers["relative_error"]))
+    fc1 = layers[layers["layer"] == "fc1"]
+    errors = [point["layer_error/fc1"] for point in points if "layer_error/fc1" in point]
+    assert errors == pytest.approx(list(fc1["relative_error"]))
     last = points[-1]
-    assert last["ppl/wikitext2"] == pytest.approx(row["ppl/wikitext2"])
+    assert last["perplexity/wikitext2"] == pytest.approx(row["ppl/wikitext2"])
+    assert last["summary/bits_per_weight"] == row["bits_per_weight"]
+    numbers = {key for point in points for key, value in point.items() if isinstance(value, int | float)}
+    sections = sorted({key.partition("/")[0] for key in numbers})  # as the page has them; before all: keys without "/"
+    assert sections == ["layer_error", "layer_error_held_out", "perplexity", "summary"]
+    assert all("/" in key for key in numbers)
     assert len(last["tables/layers"]["_value"]) == 12
     assert {"name": "protocol/wikitext2", "value": "gptq"} in last["tables/labels"]["_value"]
     assert (results / "trackio" / "media" / last[content.LAYER_ERROR_FIGURE]["file_path"]).is_file()
-    assert "seed" not in last  # a setting, not a measurement
+    assert not {"seed", "summary/seed"} & set(last)  # a setting, not a measurement
     (config,) = rows(results, "files", "SELECT config FROM configs")
     assert json.loads(config["config"])["method"]["name"] == "rtn"
 
@@ -181,5 +187,5 @@ def test_its_page_shows_the_runs_and_their_curves(page: str, tmp_path: Path) -> 
     shown = subprocess.run([*command, page], capture_output=True, timeout=600, check=True).stdout.decode()
     for name in ("rtn 3 bits per-channel s0", "rtn 4 bits per-channel s0", "fp16 "):
         assert name in shown
-    for metric in ("layer/relative_error", "error/fc1", "ppl/wikitext2", "bits_per_weight"):
+    for metric in ("layer_error/fc1", "perplexity/wikitext2"):
         assert metric in shown

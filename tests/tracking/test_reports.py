@@ -52,9 +52,10 @@ def test_both_pages_hold_every_panel_and_only_the_studys_runs(make: Any) -> None
         assert heading in text
     for metric in ("summary_metrics.ppl/wikitext2", "summary_metrics.zero_shot/lambada/acc", "summary:bits_per_weight"):
         assert f'"{metric}"' in text
-    for curve in (content.LAYER + "relative_error", content.LAYER + "held_out_error", content.CONVERGENCE):
-        assert f'"metrics": ["{curve}"]' in text
-    for axis in (content.LAYER_INDEX, content.BLOCK, content.SWEEP):
+    for curve in (content.LAYER_ERROR, content.HELD_OUT):
+        assert f'"metricRegex": "^{curve}.*"' in text
+    assert f'"metrics": ["{content.CONVERGENCE}"]' in text
+    for axis in ("_step", content.SWEEP):
         assert f'"xAxis": "{axis}"' in text
     assert f'"mediaKeys": ["{content.LAYER_ERROR_FIGURE}"]' in text
     assert f'"summary:{content.CHECKPOINT}"' in text

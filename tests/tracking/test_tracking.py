@@ -69,18 +69,27 @@ def test_the_curves_and_tables_are_those_of_the_files(toy_settings: ToySettings)
     run_cell(settings)
     run, records = inspect_offline_run(settings)
     layers = pd.read_csv(settings.folder / "layers.csv")
-    assert history(records, "layer/relative_error") == pytest.approx(list(layers["relative_error"]))
-    assert history(records, "layer/bits_per_weight") == pytest.approx(list(layers["bits_per_weight"]))
-    assert history(records, "layer_index") == list(range(12))
-    assert history(records, "error/fc1") == pytest.approx(list(layers[layers["layer"] == "fc1"]["relative_error"]))
+    fc1 = layers[layers["layer"] == "fc1"]
+    assert history(records, "layer_error/fc1") == pytest.approx(list(fc1["relative_error"]))
+    assert history(records, "layer_error_held_out/fc1") == pytest.approx(list(fc1["held_out_error"]))
+    assert history(records, "perplexity/wikitext2") == [run["summary"]["ppl/wikitext2"]]
     assert run["summary"]["tables/layers"]["nrows"] == 12
     assert run["summary"]["tables/windows"]["nrows"] == len(pd.read_csv(settings.folder / "windows.csv"))
     assert run["summary"][content.LAYER_ERROR_FIGURE]["format"] == "png"
-    steps = {record["metric"].get("glob_name") or record["metric"]["name"]: record["metric"] for record in records
-             if record["type"] == "metric"}  # fmt: skip
-    assert steps["layer/*"]["step_metric"] == "layer_index"
-    assert steps["error/*"]["step_metric"] == "block"
     assert (settings.study_folder / "wandb" / "data" / "artifacts" / "staging").is_dir()
+
+
+def test_the_first_charts_are_layer_errors_and_perplexities(toy_settings: ToySettings) -> None:
+    """Viewers sort charts by name, and make one of every key of the history: none is of a mere position."""
+    settings = toy_settings("method=rtn", "tracker=wandb")
+    run_cell(settings)
+    _, records = inspect_offline_run(settings)
+    points = [record["history"] for record in records if record["type"] == "history"]
+    keys = sorted({key for point in points for key in point["item"] if not key.startswith("_")})
+    charts = list(dict.fromkeys(key.partition("/")[0] for key in keys))
+    assert charts == ["figures", "layer_error", "layer_error_held_out", "perplexity", "tables"]
+    steps = [int(point["item"]["_step"]) for point in points if "layer_error/fc1" in point["item"]]
+    assert steps == [0, 1]
 
 
 def test_the_runs_of_a_study_lie_in_one_folder(toy_settings: ToySettings) -> None:
@@ -219,14 +228,13 @@ def test_curves_of_two_layers_are_never_one() -> None:
     curves = content.Curves()
     layers = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     points = [curves.points(LayerRecord(b, layer, 1, 1, relative_error=0.5)) for b in (0, 1) for layer in layers]
-    names = [next(key for key in point if key.startswith(content.ERROR)) for point in points]
-    assert names == ["error/c_attn", "error/c_proj", "error/c_fc", "error/mlp_c_proj"] * 2
-    assert [point["layer_index"] for point in points] == list(range(8))
+    names = [next(iter(point)) for point in points]
+    assert names == [f"layer_error/{name}" for name in ("c_attn", "c_proj", "c_fc", "mlp_c_proj")] * 2
 
 
 def test_what_is_not_a_number_is_no_point_of_a_curve() -> None:
-    points = content.Curves().points(LayerRecord(0, "fc1", 1, 1, relative_error=float("nan"), seconds=2.0))
-    assert points == {"layer_index": 0, "block": 0, "layer/seconds": 2.0, "layer/bits_per_weight": 0.0}
+    record = LayerRecord(0, "fc1", 1, 1, relative_error=float("nan"), held_out_error=0.5)
+    assert content.Curves().points(record) == {"layer_error_held_out/fc1": 0.5}
 
 
 def test_tables_are_read_as_they_were_written(tmp_path: Path) -> None:
