@@ -97,7 +97,8 @@ class Bar:
         self._draw(self.done, description)
         if watcher is not None:
             watcher(description, self.done, self._total)
-        what = f"{' '.join(description.split())}, {self.done} of {self._total} steps"
+        words = "" if description == self._title else f"{' '.join(description.split())}, "  # not the same twice
+        what = f"{words}{self.done} of {self._total} steps"
         if self._pace is None:  # a stage without parts: its last line is shown when it ends
             seconds = self._clock() - self._start
             left = seconds / max(self.done, 1) * (self._total - self.done)

@@ -42,7 +42,7 @@ def measure_tasks(
     batch_size: int,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Measure a model on tasks.
+    """Measure a model on tasks. Of lm-eval nothing is printed: the lines on progress are ours.
 
     Args:
         model: a causal language model of transformers.
@@ -65,7 +65,7 @@ def measure_tasks(
         lm = LmEvalModel(model, tokenizer, length, batch_size, terminal)
     metrics: dict[str, Any] = {}
     for task in tasks:
-        lm.title = f"zero-shot  {task.name}"
+        lm.title = f"zero-shot {task.name}"
         try:
             with silence():
                 results = evaluate(lm, task.loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)

@@ -90,12 +90,12 @@ def test_a_part_that_takes_long_shows_its_steps(lines: list[str]) -> None:
 
 
 def test_a_stage_without_parts_shows_its_last_step_when_it_ends(lines: list[str]) -> None:
-    with progress("zero-shot  piqa", 3) as bar:
+    with progress("zero-shot piqa", 3) as bar:
         for _ in range(3):
-            bar("zero-shot  piqa")
+            bar("zero-shot piqa")
         assert not lines
     assert len(lines) == 1
-    assert lines[0].startswith("zero-shot  piqa: zero-shot piqa, 3 of 3 steps, ")
+    assert lines[0].startswith("zero-shot piqa: 3 of 3 steps, ")
 
 
 def test_a_stage_that_fails_shows_how_far_it_came(lines: list[str]) -> None:
