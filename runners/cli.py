@@ -37,6 +37,10 @@ log = logging.getLogger(__name__)
 ONLY_SHOW = ("hydra_help", "cfg", "info")  # Hydra's options that run nothing
 OTHER_CONFIGURATION = ("config_dir", "config_name", "config_path")  # that read another than conf/config.yaml
 SUBMITIT = "SUBMITIT_FOLDER"  # in the environment of a job that submitit has started
+REFERENCE_FOLLOWS = (
+    "This result is stored ({folder}). Next comes the unquantized model, which it is compared with: "
+    "a table of both follows."
+)
 SIGPIPE = 128 + 13  # the exit code of a process whose reader, such as `head`, has closed the pipe
 
 
@@ -159,17 +163,27 @@ def _run_cell(settings: Settings, single: bool, words: Sequence[str] = ()) -> fl
         return math.nan
     if single:
         console.print(results_table(rows))
+        if (reference := rows[0])["status"] == Status.FAILED:
+            log.error("error: %s", failure_text(reference))
         console.print(next_steps(row, words), highlight=False, soft_wrap=True)
     return row.get(RELATIVE_ERROR, math.nan)  # without calibration there is none
+
+
+def _show_cell(row: dict[str, Any]) -> None:
+    """The table of a single run that is done: whoever waits for it need not wait for the reference as well."""
+    console.print(results_table([row]))
+    console.print(REFERENCE_FOLLOWS.format(folder=row["folder"]), highlight=False, soft_wrap=True)
 
 
 def _rows(settings: Settings, single: bool) -> list[dict[str, Any]]:
     """The rows of a run and its reference. A single run stays in this process, unless a timeout has to be able to end it."""
     with sigterm_as_interrupt():
-        if single and settings.execution.timeout_minutes is None:
-            return run_experiment(settings.replace(retry_failed=True))
-        retry = single or settings.execution.retry_failed
-        return run_isolated(settings.replace(retry_failed=retry), _logs())
+        if not single:
+            return run_isolated(settings, _logs())
+        settings = settings.replace(retry_failed=True)
+        if settings.execution.timeout_minutes is None:
+            return run_experiment(settings, _show_cell)
+        return run_isolated(settings, _logs(), _show_cell)
 
 
 def _failed(text: str, single: bool) -> float:

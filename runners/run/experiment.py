@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,13 @@ CLEARING = "clear"  # the stage in which the metrics are written and the finishe
 INTERRUPTED = "interrupted {where}: the same command again goes on with it"
 
 
-def run_experiment(settings: Settings) -> list[dict[str, Any]]:
+def run_experiment(settings: Settings, on_cell: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
     """Run the cell of these settings and, if it quantizes, the reference that it is compared with.
 
     The reference comes second, because a mistake in the settings should show at once, not after the reference's minutes.
+
+    Args:
+        on_cell: called with the cell's metrics when it is done and the reference, which takes its own time, is not yet.
 
     Returns:
         The metrics of both, reference first, with `folder` and `tracker`: where to find them.
@@ -55,13 +59,16 @@ def run_experiment(settings: Settings) -> list[dict[str, Any]]:
     Raises:
         InputError: as for `run_cell`.
     """
-    if settings.run.quantizes:  # a damaged one is refused before the minutes of the cell
-        reference = settings.reference()
-        RunFolder(reference.folder).metrics_to_keep(reference.execution.force, reference.execution.retry_failed)
+    if not settings.run.quantizes:
+        return [run_cell(settings)]
+    reference = settings.reference()
+    _is_open(reference)  # a damaged one is refused before the minutes of the cell
     metrics = run_cell(settings)
-    if not settings.run.quantizes or metrics["status"] in (Status.FAILED, Status.RUNNING):
+    if metrics["status"] in (Status.FAILED, Status.RUNNING):
         return [metrics]
-    return [run_cell(settings.reference(), is_asked_for=False), metrics]
+    if on_cell is not None and metrics["status"] == Status.DONE and _is_open(reference):
+        on_cell(metrics)
+    return [run_cell(reference, is_asked_for=False), metrics]
 
 
 def run_cell(settings: Settings, is_asked_for: bool = True) -> dict[str, Any]:
@@ -96,6 +103,12 @@ def run_cell(settings: Settings, is_asked_for: bool = True) -> dict[str, Any]:
         inputs = preflight(settings) if _has_result(folder) else None
         folder.clear_result()
         return _run(settings, folder, inputs)
+
+
+def _is_open(settings: Settings) -> bool:
+    """Whether a cell is still to be run."""
+    execution = settings.execution
+    return RunFolder(settings.folder).metrics_to_keep(execution.force, execution.retry_failed) is None
 
 
 def _has_result(folder: RunFolder) -> bool:

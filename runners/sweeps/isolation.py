@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -50,11 +50,17 @@ OUT_OF_MEMORY = (
 )
 
 
-def run_isolated(settings: Settings, logs: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+OnCell = Callable[[dict[str, Any]], None]  # see `run_experiment`
+
+
+def run_isolated(
+    settings: Settings, logs: dict[str, Any] | None = None, on_cell: OnCell | None = None
+) -> list[dict[str, Any]]:
     """`run_experiment` in a process of its own, on a GPU of its own where there is one.
 
     Args:
         logs: the configuration of `logging` in that process; None: Python's default.
+        on_cell: as for `run_experiment`; called in this process.
 
     Returns:
         The metrics that `run_experiment` returns; of a cell whose process died or was stopped, metrics with the `reason`
@@ -67,7 +73,7 @@ def run_isolated(settings: Settings, logs: dict[str, Any] | None = None) -> list
     if _has_ended(settings):
         return run_experiment(settings)
     with lease(settings.execution.device) as gpu:
-        return _run_child(settings, os.environ | gpu, logs)
+        return _run_child(settings, os.environ | gpu, logs, on_cell)
 
 
 @contextmanager
@@ -89,18 +95,19 @@ def _has_ended(settings: Settings) -> bool:
     return all(folder.metrics_to_keep(execution.force, execution.retry_failed) for folder, execution in runs)
 
 
-def _run_child(settings: Settings, environment: dict[str, str], logs: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _run_child(
+    settings: Settings, environment: dict[str, str], logs: dict[str, Any] | None, on_cell: OnCell | None
+) -> list[dict[str, Any]]:
     """Start the process and wait for its answer, its death or the time limit, whichever is first."""
     process, answer = _start(settings, environment, logs)
-    limit = None if settings.execution.timeout_minutes is None else 60 * settings.execution.timeout_minutes
+    minutes = settings.execution.timeout_minutes
     try:
-        is_ready = bool(wait([answer, process.sentinel], limit))
-        result = _receive(answer) if is_ready else None
+        result = _wait_for(answer, process, None if minutes is None else time.monotonic() + 60 * minutes, on_cell)
+    except _TimeIsUp:
+        return _stop_and_record(settings, process, Reason.TIMEOUT, _timeout_words(settings))
     except BaseException:
         _stop_and_record(settings, process, Reason.INTERRUPTED, INTERRUPTED)
         raise
-    if not is_ready:
-        return _stop_and_record(settings, process, Reason.TIMEOUT, _timeout_words(settings))
     _join_or_kill(process)  # it has answered or is dead, but may hang on leaving, and its GPU is handed on after this
     if isinstance(result, InputError):
         raise result
@@ -152,11 +159,31 @@ def _ignoring_signals() -> Iterator[None]:
             signal.signal(name, signal.SIG_DFL if handler is None else handler)
 
 
-def _receive(answer: Connection) -> list[dict[str, Any]] | InputError | None:
-    try:
-        return answer.recv()
-    except EOFError:
-        return None
+class _TimeIsUp(Exception):
+    """The time limit of a cell has passed."""
+
+
+def _wait_for(
+    answer: Connection, process: BaseProcess, deadline: float | None, on_cell: OnCell | None
+) -> list[dict[str, Any]] | InputError | None:
+    """What the process answers at its end; None if it dies without. Before that, it may send the metrics of its cell.
+
+    Args:
+        deadline: as `time.monotonic` counts; None: there is none.
+
+    Raises:
+        _TimeIsUp: the deadline has passed.
+    """
+    while wait([answer, process.sentinel], None if deadline is None else max(0.0, deadline - time.monotonic())):
+        try:
+            message = answer.recv()
+        except EOFError:
+            return None
+        if not isinstance(message, dict):
+            return message
+        if on_cell is not None:
+            on_cell(message)
+    raise _TimeIsUp
 
 
 def _run_in_child(
@@ -172,7 +199,7 @@ def _run_in_child(
     if logs is not None:
         configure_log(OmegaConf.create(logs))
     try:
-        answer.send(run_experiment(settings))
+        answer.send(run_experiment(settings, on_cell=answer.send))
     except InputError as error:
         answer.send(error)
     except KeyboardInterrupt:

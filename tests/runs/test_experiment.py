@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,21 @@ def test_a_run_and_its_reference(toy_settings: ToySettings) -> None:
     assert row["bits_per_weight"] == pytest.approx((6144 * (3 + 19 / 32) + 2048 * (3 + 19 / 64)) / 8192)
     assert 0 < row["layers/mean_relative_error"] < 0.2
     assert row["sha256/wikitext2"] == reference["sha256/wikitext2"]
+
+
+def test_the_cell_is_told_before_its_reference_begins(toy_settings: ToySettings) -> None:
+    settings = toy_settings("method=rtn")
+    told: list[dict[str, Any]] = []
+
+    def on_cell(metrics: dict[str, Any]) -> None:
+        assert not settings.reference().folder.exists()
+        told.append(metrics)
+
+    _, row = run_experiment(settings, on_cell)
+    assert told == [row]
+    run_experiment(settings.replace(force=True), lambda _: pytest.fail("the reference is there already"))
+    failing = settings.replace(method=Method("refuses", Refuses()))
+    run_experiment(failing, lambda _: pytest.fail("this cell has no result"))
 
 
 def test_what_a_run_leaves_behind(toy_settings: ToySettings) -> None:

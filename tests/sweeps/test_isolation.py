@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,6 +100,26 @@ def test_a_process_gives_the_same_rows_and_the_next_one_too(toy_settings: ToySet
         for key in ("method", "status", "ppl/wikitext2", "layers/mean_relative_error", "digest"):
             assert mine[key] == other[key]
     assert [row["status"] for row in there] == ["done", "done"]
+
+
+def test_a_process_tells_its_cell_before_the_reference_begins(toy_settings: ToySettings) -> None:
+    settings = toy_settings("method=rtn", "evaluation.agreement=false")
+    told: list[tuple[dict[str, Any], bool]] = []
+    _, row = run_isolated(
+        settings, on_cell=lambda metrics: told.append((metrics, (settings.reference().folder / METRICS).exists()))
+    )
+    assert told == [(row, False)]
+
+
+def test_a_reference_that_takes_too_long_leaves_the_cells_row(toy_settings: ToySettings) -> None:
+    settings = toy_settings("method=rtn").replace(timeout_minutes=10)
+
+    def end_the_time(_: dict[str, Any]) -> None:
+        raise isolation._TimeIsUp
+
+    (row,) = run_isolated(settings, on_cell=end_the_time)
+    assert row["status"] == "done"
+    assert stored(settings)["status"] == "done"
 
 
 def test_a_cell_that_takes_too_long_is_stopped(toy_settings: ToySettings) -> None:

@@ -74,6 +74,21 @@ def test_the_table_of_a_sweep_has_the_reference_that_nobody_asked_for(
     assert [name for name in methods if name in ("fp16", "rtn")] == ["fp16", "rtn", "rtn"]
 
 
+def test_a_single_run_shows_its_table_before_it_turns_to_the_reference(
+    toy_settings: ToySettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = toy_settings("method=rtn")
+    cli._run_cell(settings, single=True)
+    printed = capsys.readouterr().out
+    first, then = printed.split("This result is stored")
+    assert first.count("rtn ") >= 1
+    assert "fp32" not in first
+    assert then.index("Next comes the unquantized model") < then.index("evaluate fp16: ") < then.index("fp32")
+    assert then.index("fp32") < then.index("next      python run.py")
+    cli._run_cell(settings.replace(force=True), single=True)  # the reference is there: one table is enough
+    assert "This result is stored" not in capsys.readouterr().out
+
+
 def test_a_sweep_that_has_not_ended_says_its_whole_command(
     toy_settings: ToySettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
