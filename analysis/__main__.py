@@ -22,10 +22,10 @@ from analysis.report import write_report
 from analysis.tables.comparison import comparison, markdown
 from runners.arguments import start
 from runners.errors import InputError, known_names
+from runners.project import results_folder
 from runners.results.metrics import METRICS, Status, status_counts
 from runners.results.studies import chosen_study
 
-RESULTS = Path("results")
 MOST_CANDIDATES = 8  # runs that a message names
 Studies = Annotated[tuple[str, ...], "a study's folder, or its name in results/; several: one table of all their runs"]
 Conditions = Annotated[str, "only the runs whose column NAME has the value, or one of a,b, and the unquantized ones"]
@@ -69,7 +69,8 @@ def compare(first: Run, second: Run, /) -> None:
 def _folders(studies: Sequence[str]) -> list[Path]:
     """The folders of studies; without a name, that of the study that was run last, which is said."""
     if not studies:
-        return [RESULTS / chosen_study(None, RESULTS)]
+        results = results_folder()
+        return [results / chosen_study(None, results)]
     found = [_folder(word) for word in studies]
     return list({folder.resolve(): folder for folder in found}.values())
 
@@ -77,17 +78,19 @@ def _folders(studies: Sequence[str]) -> list[Path]:
 def _folder(word: str) -> Path:
     if Path(word).is_dir():
         return Path(word)
-    if (RESULTS / word).is_dir():
-        return RESULTS / word
-    there = sorted(folder.name for folder in RESULTS.glob("*/"))
-    raise InputError(f"there is no study {word} in {RESULTS.absolute()}: {known_names(word, there)}")
+    results = results_folder()
+    if (results / word).is_dir():
+        return results / word
+    there = sorted(folder.name for folder in results.glob("*/"))
+    raise InputError(f"there is no study {word} in {results.absolute()}: {known_names(word, there)}")
 
 
 def _run(word: str) -> Path:
     """A run's folder, by its path, or by its name or digest or the beginning of one of them."""
     if word and Path(word).is_dir():
         return Path(word)
-    folders = [file.parent for file in sorted(RESULTS.glob(f"*/*/*/{METRICS}"))]
+    results = results_folder()
+    folders = [file.parent for file in sorted(results.glob(f"*/*/*/{METRICS}"))]
     names = {folder: (folder.name, folder.name.split("-")[-1]) for folder in folders}
     found = [folder for folder in folders if word in names[folder]]
     found = found or [folder for folder in folders if word and any(name.startswith(word) for name in names[folder])]
@@ -95,7 +98,7 @@ def _run(word: str) -> Path:
         return found[0]
     if not found:
         raise InputError(
-            f"{word} is no run in {RESULTS.absolute()}: name a run's folder, or how its name or digest begins"
+            f"{word} is no run in {results.absolute()}: name a run's folder, or how its name or digest begins"
         )
     shown = ", ".join(map(str, found[:MOST_CANDIDATES])) + ", ..." * (len(found) > MOST_CANDIDATES)
     raise InputError(f"{word} fits {len(found)} runs: {shown}. Name more of it, or a run's folder")

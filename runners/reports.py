@@ -15,6 +15,7 @@ import wandb
 from runners.arguments import start
 from runners.console import console
 from runners.errors import InputError
+from runners.project import results_folder
 from runners.results import metrics
 from runners.results.studies import chosen_study
 from runners.tracking import content
@@ -35,11 +36,12 @@ def main(
     entity: Annotated[str, "the user or team of W&B that owns the project"],
     study: Annotated[str | None, "name of the study (default: the one that was run last)"] = None,
     project: Annotated[str, "project of W&B"] = "quantease-bench",
-    results: Annotated[Path, "folder of all studies"] = Path("results"),
+    results: Annotated[Path | None, "folder of all studies (default: results/ of the project)"] = None,
 ) -> None:
     """Save two pages for a study on W&B, a workspace and the template of a report, and print their addresses."""
     if find_spec("wandb_workspaces") is None:
         raise InputError('reports need a package that is not installed: pip install "quantease-bench[reports]"')
+    results = results or results_folder()
     study = chosen_study(study, results)
     names = metric_names(results / study)
     if not logged_in():
@@ -60,7 +62,7 @@ def metric_names(study: Path) -> list[str]:
     files = study.glob(f"*/*/{metrics.METRICS}")
     names = {name for file in files for name in json.loads(file.read_text(encoding="utf-8"))}
     if not names:
-        raise InputError(f"{study} has no runs: set study=NAME, and results=PATH if it is elsewhere")
+        raise InputError(f"{study.absolute()} has no runs: set study=NAME, and results=PATH if it is elsewhere")
     return sorted(names)
 
 

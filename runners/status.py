@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from runners.arguments import start
 from runners.console import console, duration
 from runners.errors import InputError, known_names
+from runners.project import results_folder
 from runners.results.metrics import EVALUATE_SECONDS, METRICS, OPEN, QUANTIZE_SECONDS, Reason, Status, model_words
 from runners.results.progress import PROGRESS
 from runners.results.studies import chosen_study
@@ -16,9 +17,10 @@ from runners.sweeps.cells import read_status, registered_cells
 
 def main(
     study: Annotated[str | None, "name of the study (default: the one that was run last)"] = None,
-    results: Annotated[Path, "folder of all studies"] = Path("results"),
+    results: Annotated[Path | None, "folder of all studies (default: results/ of the project)"] = None,
 ) -> None:
     """Show which cells of a study are done, running, failed or missing, and how long the rest will take."""
+    results = results or results_folder()
     study = chosen_study(study, results)
     rows = cells(results / study)
     if not_done := [row for row in rows if row["status"] != Status.DONE]:

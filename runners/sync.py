@@ -15,6 +15,7 @@ from typing import Annotated
 from runners.arguments import start
 from runners.console import console
 from runners.errors import InputError
+from runners.project import results_folder
 from runners.results.metrics import METRICS
 from runners.results.studies import chosen_study
 from runners.tracking.content import run_id, without_attempt
@@ -28,13 +29,14 @@ PARALLEL_UPLOADS = 4  # runs of a study are small: an upload mostly waits for th
 
 def main(
     study: Annotated[str | None, "name of the study (default: the one that was run last)"] = None,
-    results: Annotated[Path, "folder of all studies"] = Path("results"),
+    results: Annotated[Path | None, "folder of all studies (default: results/ of the project)"] = None,
     dry_run: Annotated[bool, "only list the runs that would be sent"] = False,
 ) -> None:
     """Send the offline runs of a study to W&B: those that have ended and were not sent before.
 
     The same command again sends only what is still missing.
     """
+    results = results or results_folder()
     study = chosen_study(study, results)
     folders, left_out = pending(results / study)
     remarks = "".join(f", {count} {reason}" for reason, count in left_out.items())
@@ -64,7 +66,7 @@ def pending(study: Path) -> tuple[list[Path], Counter[str]]:
     folders = sorted((study / "wandb").glob("offline-run-*"))  # their names start with the time
     if not folders:
         raise InputError(
-            f"{study / 'wandb'} has no offline runs: they are made with tracker=wandb without being logged in"
+            f"{(study / 'wandb').absolute()} has no offline runs: they are made with tracker=wandb without being logged in"
         )
     latest = {_id(folder): folder for folder in folders if not is_empty(folder)}
     ended = {run_id(file.parent.name, study.name) for file in study.glob(f"*/*/{METRICS}")}

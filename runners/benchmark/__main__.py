@@ -17,6 +17,7 @@ from runners.benchmark.figures import draw
 from runners.benchmark.layers import measure_layer, shapes
 from runners.benchmark.machine import Rates
 from runners.benchmark.models import METHODS, Size, measure_model
+from runners.project import results_folder
 from runners.run.environment import environment
 from runners.storage.files import write
 
@@ -32,13 +33,13 @@ def main(
     models: Annotated[tuple[Size, ...], "sizes of OPT to quantize as a whole; --models alone: none"] = MODELS,
     sequences: Annotated[int, "calibration sequences of the whole models"] = SEQUENCES,
     length: Annotated[int, "tokens per sequence"] = LENGTH,
-    results: Annotated[Path, "folder of all studies"] = Path("results"),
+    results: Annotated[Path | None, "folder of all studies (default: results/ of the project)"] = None,
 ) -> None:
     """Time the layers of OPT and whole models of random weights; write results/benchmark/<machine>/."""
     device = torch.device("cuda" if GPU else "cpu")
     facts = environment(device)
     machine = facts["device"] if GPU else f"{facts['processor']} {facts['threads']} threads"
-    folder = results / "benchmark" / re.sub(r"\W+", "-", machine.lower()).strip("-")
+    folder = (results or results_folder()) / "benchmark" / re.sub(r"\W+", "-", machine.lower()).strip("-")
     with torch.no_grad():
         rates = Rates.measure(device)
         write(folder / "machine.json", json.dumps(facts | {"rates": vars(rates)}, indent=2) + "\n")

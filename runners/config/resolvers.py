@@ -1,6 +1,6 @@
 """The functions that conf/ may call.
 
-`${project:}`, `${basename:PATH}`, `${run_name:}`, `${gpus:}`, `${choices:GROUP}`, `${fetched:MODEL}`.
+`${project:}`, `${basename:PATH}`, `${run_name:}`, `${gpus:}`, `${results_folder:}`, `${choices:GROUP}`, `${fetched:MODEL}`.
 """
 
 import re
@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runners.config.from_config import settings_from
 from runners.fetch.packages import place_of
-from runners.project import CONF, ROOT
+from runners.project import CONF, ROOT, results_folder
 
 
 def _run_name(*, _root_: DictConfig) -> str:
@@ -39,4 +39,5 @@ OmegaConf.register_new_resolver("fetched", lambda model: str(place_of(model)), r
 OmegaConf.register_new_resolver("project", lambda: str(ROOT), replace=True)
 OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).expanduser().absolute().name, replace=True)
 OmegaConf.register_new_resolver("gpus", torch.cuda.device_count, replace=True)
+OmegaConf.register_new_resolver("results_folder", lambda: str(results_folder()), replace=True)
 OmegaConf.register_new_resolver("run_name", _run_name, replace=True)

@@ -14,6 +14,7 @@ import pytest
 from analysis.__main__ import _run, main
 from analysis.report import write_report
 from analysis.tables.libraries import datatables, vega
+from runners import project
 from runners.errors import InputError
 from runners.results.studies import remember
 from tests.conftest import PROJECT
@@ -182,14 +183,14 @@ def test_several_studies_share_a_table_and_a_report(tmp_path: Path, capsys: pyte
 def test_a_run_is_found_by_how_its_name_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    small_study(Path("results") / "night", "gptq", "gptq_quantease", "rtn")
+    monkeypatch.setattr(project, "ROOT", tmp_path)
+    small_study(tmp_path / "results" / "night", "gptq", "gptq_quantease", "rtn")
     (found,) = [_run("gptq_")]
     assert found.name == "gptq_quantease-3b-gptq_quantease3"
     assert _run("rtn3") == _run("rtn-3b-rtn3")
     assert _run("gptq3").name == "gptq-3b-gptq3"
     for word, sentence in (
-        ("gptq", r"gptq fits 2 runs: results/night/m/gptq-3b-gptq3, results/night/m/gptq_quantease-3b-\S+\. Name more"),
+        ("gptq", r"gptq fits 2 runs: \S+/night/m/gptq-3b-gptq3, \S+/night/m/gptq_quantease-3b-\S+\. Name more"),
         ("spqr", rf"spqr is no run in {tmp_path}/results: name a run's folder"),
         ("", "is no run in"),
     ):
@@ -206,13 +207,15 @@ def test_a_run_is_found_by_how_its_name_begins(
 def test_without_a_name_the_study_that_was_run_last_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(project, "ROOT", tmp_path)
     for name in ("night", "day"):
-        remember(small_study(Path("results") / name, "rtn" if name == "day" else "gptq"))
-    main(["method=rtn"])
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"study: day (the last that was run in {tmp_path}/results)\n")
-    assert "gptq" not in printed
+        remember(small_study(tmp_path / "results" / name, "rtn" if name == "day" else "gptq"))
+    for folder in (Path.cwd(), tmp_path):  # wherever the command is given
+        monkeypatch.chdir(folder)
+        main(["method=rtn"])
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"study: day (the last that was run in {tmp_path}/results)\n")
+        assert "gptq" not in printed
 
 
 HOSTILE = "<b>a|b & 100% $x$ #_{~^\\}"  # as the name of a text or a model may be

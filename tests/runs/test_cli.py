@@ -270,12 +270,14 @@ def test_help_is_a_page_for_newcomers() -> None:
 
 
 @pytest.mark.parametrize("name", ["experiment=tiny", "+experiment=tiny"])
-def test_experiments_are_swept_with_or_without_a_plus(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experiments_are_swept_with_or_without_a_plus(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cells: list[Settings] = []
     monkeypatch.setattr(cli, "register_cells", lambda _: None)
     monkeypatch.setattr(cli, "_summarize", lambda found, *_: cells.extend(found))
     monkeypatch.setattr(cli, "launch", lambda _cfg, _job: None)
-    monkeypatch.setattr(sys, "argv", ["run.py", "-m", name])
+    monkeypatch.setattr(sys, "argv", ["run.py", "-m", name, f"results={tmp_path}"])
     cli.start(lambda: pytest.fail("Hydra's main is not for runs"))
     assert len(cells) == 11 * 3 * 2 * 3
     assert len({cell.digest for cell in cells}) == 10 * 3 * 2 * 3 + 1  # one unquantized reference
@@ -317,7 +319,7 @@ def test_the_digest_names_what_changes_a_number_and_nothing_else() -> None:
     def digest(*overrides: str) -> str:
         return check(list(overrides), multirun=False)[0].digest
 
-    same = ["study=other", "tracker=none", "force=true", "batch_size=2", "device=cpu", "results=results"]
+    same = ["study=other", "tracker=none", "force=true", "batch_size=2", "device=cpu", "results=elsewhere"]
     assert {digest(change) for change in same} == {digest()}
     changes = [
         "bits=4",
@@ -331,6 +333,21 @@ def test_the_digest_names_what_changes_a_number_and_nothing_else() -> None:
     changes += ["calibration=c4", "calibration.num_sequences=64", "evaluation=stdlib_docs", "model.sequence_length=128"]
     digests = [digest(), *(digest(change) for change in changes)]
     assert len(set(digests)) == len(digests)
+
+
+def test_results_are_kept_in_the_project_whatever_the_current_folder_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def folders(*overrides: str) -> tuple[Path, str | None]:
+        (cell,) = check(["study=night", *overrides], multirun=False)
+        return cell.study_folder, cell.execution.cache
+
+    monkeypatch.chdir(PROJECT)
+    assert folders() == (Path("results/night"), "results/cache")  # short, as configurations and tables have it
+    monkeypatch.chdir(tmp_path)
+    assert folders() == (PROJECT / "results" / "night", str(PROJECT / "results" / "cache"))
+    assert folders("results=here") == (Path("here/night"), "here/cache")  # of the current folder
+    assert not list(tmp_path.iterdir())
 
 
 def test_runs_of_a_series_differ_in_nothing_but_the_seed() -> None:

@@ -1,6 +1,7 @@
 """The same sweep under every launcher gives the same results, and what is not installed gets a sentence."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,45 @@ def test_the_same_sweep_gives_the_same_results(
     assert not {entry.name for entry in PROJECT.iterdir()} & {".submitit", "outputs", "multirun"}
 
 
+@pytest.fixture(scope="module")
+def copied_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a run needs: runs without results=FOLDER must not land in the project that is tested."""
+    copy = tmp_path_factory.mktemp("copied")
+    for part in ("conf", "quantease", "baselines", "runners"):
+        shutil.copytree(PROJECT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(PROJECT / "run.py", copy)
+    return copy
+
+
+@pytest.mark.parametrize("launcher", ["basic", "workers", pytest.param("slurm_local", marks=pytest.mark.slow)])
+def test_results_go_to_the_project_or_to_the_folder_that_is_named_from_where_the_command_was_given(
+    launcher: str, copied_project: Path, toy_model: Path, data_root: Path, tmp_path: Path
+) -> None:
+    if launcher != "basic":
+        pytest.importorskip(f"hydra_plugins.hydra_{launchers.EXTRAS[launcher]}_launcher")
+    # Relative paths: cells start in the folder in which the command was given, whoever starts them.
+    for name, folder in {"model": toy_model, "data": data_root}.items():
+        (tmp_path / name).symlink_to(folder)
+    toy = [
+        "model=local",
+        "model.path=model",
+        "data_root=data",
+        "evaluation=wikitext2",
+        "tracker=none",
+        "model.name=toy",
+    ]
+    command = [sys.executable, str(copied_project / "run.py"), "-m", f"hydra/launcher={launcher}", "method=rtn", *toy]
+    command += ["calibration=none", f"study={launcher}"]
+    for place, words in ((copied_project / "results", []), (tmp_path / "here", ["results=here"])):
+        answer = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        rows = [json.loads(file.read_text()) for file in place.glob(f"{launcher}/toy/*/metrics.json")]
+        assert [row["status"] for row in rows] == ["done", "done"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"model", "data", "here"}
+    digests = {file.name for place in (copied_project / "results", tmp_path / "here") for file in place.glob("*/toy/*")}
+    assert len(digests) == 2  # of rtn and its reference, wherever they are kept
+
+
 @pytest.mark.parametrize("launcher", PRESETS)
 def test_what_is_not_installed_gets_a_sentence(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launchers, "_is_there", lambda _module: False)
@@ -65,7 +105,8 @@ def test_what_is_not_installed_gets_a_sentence(launcher: str, monkeypatch: pytes
 def test_presets_compose(launcher: str) -> None:
     pytest.importorskip(f"hydra_plugins.hydra_{launchers.EXTRAS[launcher]}_launcher")
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        config = compose("config", [f"hydra/launcher={launcher}", "study=night"], return_hydra_config=True)
+        words = [f"hydra/launcher={launcher}", "study=night", "results=results"]
+        config = compose("config", words, return_hydra_config=True)
     node = config.hydra.launcher
     assert node._target_.startswith(f"hydra_plugins.hydra_{launchers.EXTRAS[launcher]}_launcher.")
     if "submitit_folder" in node:
