@@ -10,7 +10,7 @@ from runners.config.stored import StoredSettings, located, stored_settings
 from runners.errors import InputError
 from runners.models.blocks import decoder_blocks
 from runners.models.checkpoint import Checkpoint, Model, open_checkpoint
-from runners.quantization.finished_blocks import FinishedBlocks
+from runners.quantization.finished_blocks import IDENTITY, FinishedBlocks
 from runners.results.metrics import CHECKPOINT_SHA256, METRICS, MODEL_PATH, REFERENCE, Status
 from runners.results.run_folder import RunFolder
 from runners.storage.fingerprint import checkpoint_fingerprint, fingerprint
@@ -86,7 +86,7 @@ def _metrics(folder: Path) -> dict[str, Any]:
 def _finished_blocks(folder: Path) -> FinishedBlocks:
     """The finished blocks as they are on disk; their files are not looked at yet."""
     blocks = FinishedBlocks(folder, {})
-    file = blocks.folder / "identity.json"
+    file = blocks.folder / IDENTITY
     try:
         blocks.identity = json.loads(file.read_text(encoding="utf-8"))
         _ = blocks.identity["model"]

@@ -40,7 +40,10 @@ def build(annotation: Any, value: Any, where: str) -> Any:
         return _sequence(classes[0], value, where)
     if isinstance(value, dict) and kind not in LEAVES:
         return _construct(_class_to_build(classes, value, where), _fields(value), where)
-    return _leaf(classes[0], value, where)
+    # Of several kinds of single values (true or a text) the one that it is.
+    return _leaf(
+        next((option for option in classes if option in LEAVES and type(value) is option), classes[0]), value, where
+    )
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:

@@ -7,6 +7,8 @@ import torch
 
 from runners.names import check_name
 
+KEEP = {True: "always", False: "never"}  # what keep_checkpoint says in fewer words
+
 
 @dataclass(frozen=True)
 class Tracker:
@@ -49,7 +51,8 @@ class Execution:
     batch_size: int | None
     cache: str | None
     cache_gb: float
-    keep_checkpoint: bool
+    keep_checkpoint: str | bool
+    checkpoints_gb: float
     force: bool
     retry_failed: bool
     timeout_minutes: float | None
@@ -59,11 +62,19 @@ class Execution:
         check_name("study", self.study)
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
-        if self.cache_gb < 0:
-            raise ValueError(f"cache_gb must not be negative, not {self.cache_gb}")
+        for name in ("cache_gb", "checkpoints_gb"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.keeps not in ("auto", "always", "never"):
+            raise ValueError(f"keep_checkpoint must be auto, always or never, not {self.keep_checkpoint}")
         if self.timeout_minutes is not None and self.timeout_minutes <= 0:
             raise ValueError(f"timeout_minutes must be positive or null, not {self.timeout_minutes}")
         try:
             torch.device(self.device or "cpu")
         except RuntimeError:
             raise ValueError(f"device must be cpu, cuda or cuda:N, not {self.device!r}") from None
+
+    @property
+    def keeps(self) -> str:
+        """What becomes of the codes of a run that is done: auto, always or never."""
+        return KEEP[self.keep_checkpoint] if isinstance(self.keep_checkpoint, bool) else self.keep_checkpoint

@@ -15,6 +15,8 @@ from runners.models.checkpoint import Model
 from runners.names import check_name
 from runners.storage.fingerprint import checkpoint_fingerprint, fingerprint
 
+CALIBRATION_DATA = "calibration"  # in the identity's versions of data sets, beside the names of the texts
+NOT_OF_CODES = ("evaluation", "warnings")  # settings that change no code
 GRID = ("bits", "group_size", "symmetric", "scale_bits", "grid_range")  # the settings of GridSpec, in its order
 
 
@@ -105,6 +107,16 @@ class Run:
         identity["model"]["path"] = self.model_path
         return identity | {"data": self._data_versions(data_root)}
 
+    def quantization_identity(self, data_root: str | None) -> dict[str, Any]:
+        """The part of the identity that determines the codes: all but what is measured on them.
+
+        Args:
+            data_root: as for `identity`.
+        """
+        identity = self.identity(data_root)
+        versions = {name: version for name, version in identity["data"].items() if name == CALIBRATION_DATA}
+        return {name: entry for name, entry in identity.items() if name not in NOT_OF_CODES} | {"data": versions}
+
     @property
     def model_path(self) -> str:
         """The fingerprint of the files in the model's folder, wherever it is; of a model of the hub its name there.
@@ -134,6 +146,6 @@ class Run:
     def _data_versions(self, data_root: str | None) -> dict[str, str]:
         datasets = {name: text.dataset for name, text in self.evaluation.texts.items()}
         if self.quantizes and self.calibration is not None:
-            datasets["calibration"] = self.calibration.dataset
+            datasets[CALIBRATION_DATA] = self.calibration.dataset
         versions = {name: dataset.version(data_root) for name, dataset in datasets.items()}
         return versions | {f"zero_shot/{name}": task_version(name, data_root) for name in self.evaluation.tasks}

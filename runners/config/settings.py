@@ -48,6 +48,19 @@ class Settings:
         """Ten hexadecimal digits of the hash of everything that can change a number."""
         return digest_of(self.identity())
 
+    def quantization_identity(self) -> dict[str, Any]:
+        """The part of the identity that determines the codes."""
+        return self._quantization_identity
+
+    @cached_property
+    def _quantization_identity(self) -> dict[str, Any]:
+        return self.run.quantization_identity(self.execution.data_root)
+
+    @cached_property
+    def quantization(self) -> str:
+        """The digest of what determines the codes: runs that share it are evaluations of one quantization."""
+        return digest_of(self.quantization_identity())
+
     @property
     def series(self) -> str:
         """The digest without the seed: runs of one series are repetitions of each other."""

@@ -29,6 +29,7 @@ from runners.storage.fingerprint import file_sha256
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoint"
+IDENTITY = "identity.json"  # in it
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class FinishedBlocks:
         Raises:
             InputError: the blocks belong to other settings, code, libraries, model or calibration data.
         """
-        file = self.folder / "identity.json"
+        file = self.folder / IDENTITY
         if not file.exists():  # without it, nobody can tell what the blocks depend on
             delete_finished_blocks(self.folder.parent)
             write(file, json.dumps(self.identity, indent=2) + "\n")

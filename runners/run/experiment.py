@@ -18,9 +18,11 @@ from runners.results.metrics import (
     CALIBRATION,
     CALIBRATION_INPUTS,
     CALIBRATION_NOTE,
+    CHECKPOINT_FROM,
     MODEL_DTYPE,
     MODEL_NOTE,
     MODEL_PATH,
+    QUANTIZATION,
     TOKEN_WEIGHTS,
     UNCALIBRATED,
     Reason,
@@ -33,6 +35,7 @@ from runners.results.progress import Progress, owner_words, read_progress, remov
 from runners.results.run_folder import RunFolder
 from runners.results.run_log import run_log
 from runners.run.environment import bug_report
+from runners.run.kept_codes import alone_with, keep, take_over
 from runners.run.preflight import RunInputs, preflight, run_environment
 from runners.run.stages import Stages
 from runners.run.walk import walk_rounding
@@ -163,7 +166,7 @@ def _run(settings: Settings, folder: RunFolder, inputs: RunInputs | None) -> dic
         metrics = _labels(settings) | metrics
         add(_last_lines(metrics))
         tracker.finish(metrics, progress.records)
-    is_to_be_cleared = metrics["status"] == Status.DONE and not settings.execution.keep_checkpoint
+    is_to_be_cleared = metrics["status"] == Status.DONE and not keep(settings)
     if is_to_be_cleared:
         progress.stage = CLEARING
     folder.write_metrics(metrics)
@@ -202,7 +205,7 @@ def _measure(
 
     metrics: dict[str, Any] = {"status": Status.DONE.value} | _model_facts(stages) | _calibration_note(settings)
     try:
-        metrics |= stages.quantize(on_layer)
+        metrics |= _quantize(settings, stages, on_layer)
     finally:
         if progress.records:  # also of a run that fails: the last rows show how far it came
             folder.write_layers(progress.records)
@@ -215,6 +218,17 @@ def _measure(
     folder.write_windows(windows)
     progress.stage = "zero-shot"
     return metrics | evaluated | stages.zero_shot() | stages.resources()
+
+
+def _quantize(settings: Settings, stages: Stages, on_layer: Callable[[LayerRecord], None]) -> dict[str, Any]:
+    """Quantize, or take over what another run of the same quantization has finished."""
+    if stages.blocks is None:
+        return stages.quantize(on_layer)
+    with alone_with(settings):
+        source = None if settings.execution.force else take_over(settings, stages.blocks.identity)
+        if source is not None:
+            log.info("taking over the codes of %s", source)
+        return stages.quantize(on_layer) | ({} if source is None else {CHECKPOINT_FROM: source})
 
 
 def _tokens_warning(settings: Settings, records: list[LayerRecord]) -> str | None:
@@ -260,6 +274,7 @@ def _labels(settings: Settings) -> dict[str, Any]:
         "study": settings.execution.study,
         "digest": settings.digest,
         "series": settings.series,
+        QUANTIZATION: settings.quantization,
     }
     if settings.run.quantizes:
         names = ("bits", "group_size", "symmetric", "grid_range", "act_order", "seed")

@@ -25,6 +25,20 @@ OF_ACTIVATIONS = (  # the modules that compute activations and Hessians; a chang
     "quantease/matmul.py",
 )
 
+OF_CODES = (  # all that can change a code, a scale or the record of a layer: finished blocks of another version are refused
+    "quantease/**/*.py",
+    "baselines/**/*.py",
+    "runners/data/*.py",
+    "runners/gguf_files/*.py",
+    "runners/models/*.py",
+    "runners/quantization/*.py",
+    "runners/results/layers.py",
+    "runners/config/run.py",
+    "runners/run/keys.py",
+    "runners/run/preflight.py",
+    "runners/run/stages.py",
+)
+
 
 def model_key(settings: Settings, inputs: RunInputs) -> dict[str, Any]:
     """What the activations of the unquantized model depend on, except the tokens.
@@ -55,12 +69,13 @@ def statistics_key(settings: Settings, inputs: RunInputs) -> dict[str, Any]:
 def resume_identity(settings: Settings, inputs: RunInputs) -> dict[str, Any]:
     """What must be the same for finished blocks to be used again. The error that refuses them names the key that differs.
 
-    It is stricter than the cache: any change of the code counts, because a run must not mix blocks of two versions.
+    It is stricter than the cache: solvers, data and harness count, because a run must not mix blocks of two versions. What
+    is measured on the codes does not: another evaluation may use them.
     """
     key = statistics_key(settings, inputs)
     return {
-        "configuration": settings.identity(),
-        "code version": code_fingerprint(),
+        "configuration": settings.quantization_identity(),
+        "code version": code_fingerprint(*OF_CODES),
         "library version": key["versions"] | {"python": platform.python_version()},
         "model": key["model"],
         "set of calibration sequences": [key["ids"], key["held_out"]],

@@ -184,9 +184,10 @@ def test_the_versions_of_code_and_libraries_are_those_of_this_machine(half_done:
 
 
 def resume_code() -> str:
+    from runners.run.keys import OF_CODES
     from runners.storage.fingerprint import code_fingerprint
 
-    return code_fingerprint()
+    return code_fingerprint(*OF_CODES)
 
 
 def test_force_begins_anew(half_done: Settings) -> None:
@@ -269,9 +270,11 @@ def test_blocks_of_an_older_version_count_only_where_their_digest_is_compared(tw
     assert resumed_blocks(mine, any_version=True) == 0
 
 
-def test_finished_blocks_are_kept_only_on_demand(toy_settings: ToySettings, tmp_path: Path) -> None:
-    kept = toy_settings("method=rtn", "keep_checkpoint=true", f"results={tmp_path / 'kept'}")
-    gone = toy_settings("method=rtn", f"results={tmp_path / 'gone'}")
+def test_the_digest_of_the_codes_does_not_depend_on_whether_they_are_kept(
+    toy_settings: ToySettings, tmp_path: Path
+) -> None:
+    kept = toy_settings("method=rtn", "keep_checkpoint=always", f"results={tmp_path / 'kept'}")
+    gone = toy_settings("method=rtn", "keep_checkpoint=never", f"results={tmp_path / 'gone'}")
     rows = [run_cell(kept), run_cell(gone)]
     assert rows[0]["checkpoint/sha256"] == rows[1]["checkpoint/sha256"]
     assert (kept.folder / resume.FOLDER).is_dir()
