@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from analysis.evaluations import MORE, merged
 from runners.results import metrics
 from runners.results.metrics import (
     CALIBRATION,
@@ -23,11 +24,14 @@ from runners.results.metrics import (
 )
 from runners.results.seal import read_run
 
+WINDOWS = "windows.csv"
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C ten times as fast, where PyYAML was built with it
 
 
 def collect(study: Path | Sequence[Path], conditions: Mapping[str, str] | None = None) -> pd.DataFrame:
     """The metrics of every run of a study, with the device that it ran on and, under `folder`, its folder.
+
+    Runs that are evaluations of one quantization are one row (`analysis.evaluations`).
 
     `place` is the run's folder seen from that of the report (see `home`). A cell that several studies have run counts once.
 
@@ -41,14 +45,20 @@ def collect(study: Path | Sequence[Path], conditions: Mapping[str, str] | None =
             different texts under one name, different protocols, different calibration inputs.
     """
     studies = [study] if isinstance(study, Path) else list(study)
-    frame = _frame([run for each in studies for run in _read_runs(each)])
+    frame = _frame(_merged([run for each in studies for run in _read_runs(each)]))
     frame["place"] = [Path(os.path.relpath(folder, home(studies))).as_posix() for folder in frame["folder"]]
-    if len(studies) > 1 and "digest" in frame:
-        frame = frame.loc[frame["digest"].isna() | ~frame["digest"].duplicated()]
     for column, value in (conditions or {}).items():
         frame = keep(frame, column, value)
     _refuse_mixtures(frame)
     return frame
+
+
+def _merged(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each cell once, although several studies have run it; and the evaluations of a quantization as one."""
+    by_digest: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        by_digest.setdefault(run.get("digest") or run["folder"], run)
+    return merged(list(by_digest.values()))
 
 
 def home(studies: Sequence[Path]) -> Path:
@@ -124,16 +134,28 @@ def read_tables(runs: pd.DataFrame, name: str) -> pd.DataFrame:
     """
     tables = []
     for run in runs.to_dict("records"):
-        file = Path(run["folder"]) / name
+        if (table := _read_table(run, name)) is not None:
+            seed = run.get("seed")
+            # A run without a seed (full precision) is one of a single seed; `seed != seed` holds for NaN alone.
+            tables.append(table.assign(series=run["series"], seed=0 if seed is None or seed != seed else int(seed)))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _read_table(run: dict[Any, Any], name: str) -> pd.DataFrame | None:
+    """A table of one row of the frame: of several evaluations the windows of each, everything else from the first."""
+    more = run.get(MORE)  # NaN in the rows of single evaluations
+    folders = [run["folder"], *(more if isinstance(more, list) and name == WINDOWS else [])]
+    tables: list[pd.DataFrame] = []
+    seen: set[str] = set()
+    for file in (Path(folder) / name for folder in folders):
         if file.exists():
             try:
                 table = pd.read_csv(file)
             except ValueError as error:
                 raise _damaged(file, error) from error
-            seed = run.get("seed")
-            # A run without a seed (full precision) is one of a single seed; `seed != seed` holds for NaN alone.
-            tables.append(table.assign(series=run["series"], seed=0 if seed is None or seed != seed else int(seed)))
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+            tables.append(table.loc[~table["text"].isin(list(seen))] if seen else table)
+            seen.update(table["text"] if name == WINDOWS else ())
+    return pd.concat(tables, ignore_index=True) if tables else None
 
 
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
