@@ -27,7 +27,7 @@ from runners.storage.files import check_writable
 
 
 def main(
-    run: Annotated[Path, "folder of a finished run with keep_checkpoint=true"],
+    run: Annotated[Path, "folder of a finished run that has kept its weights"],
     /,
     text: Annotated[str | None, "one of the texts that the run was evaluated on; by default the first"] = None,
     windows: Annotated[int, "how many windows of it, from its beginning"] = 8,

@@ -57,7 +57,7 @@ def open_run(folder: Path, model: str | None) -> KeptRun:
     if blocks.resume(any_version=True) != count or blocks.sha256 != metrics[CHECKPOINT_SHA256]:
         raise InputError(
             f"the weights in {blocks.folder} are not those that the run was measured with: one of the {count} blocks is "
-            "missing, damaged or of another run. Run it again with keep_checkpoint=true force=true"
+            "missing, damaged or of another run. Run it again with keep_checkpoint=always force=true"
         )
     return KeptRun(metrics, settings, place, checkpoint, blocks, _records(folder))
 
@@ -92,10 +92,10 @@ def _finished_blocks(folder: Path) -> FinishedBlocks:
         _ = blocks.identity["model"]
     except FileNotFoundError:
         raise InputError(
-            f"the run in {folder} has not kept its quantized weights: run it again with keep_checkpoint=true force=true"
+            f"the run in {folder} has not kept its quantized weights: run it again with keep_checkpoint=always force=true"
         ) from None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"{file} is damaged ({error}): run it again with keep_checkpoint=true force=true") from error
+        raise InputError(f"{file} is damaged ({error}): run it again with keep_checkpoint=always force=true") from error
     return blocks
 
 
@@ -109,7 +109,7 @@ def _refuse_another_model(
     if expected != found:
         raise InputError(
             f"the model in {model.path} is not the one that the run has quantized (its fingerprint is {found}, was "
-            f"{expected}): name that with model=FOLDER, or run it again with keep_checkpoint=true"
+            f"{expected}): name that with model=FOLDER, or run it again with keep_checkpoint=always"
         )
 
 

@@ -144,8 +144,8 @@ def test_a_wrong_setting_gets_a_sentence(setting: str, sentence: str, run_copy: 
 
 
 def test_runs_that_cannot_be_audited(make_run: MakeRun, run_copy: Path, located: str, tmp_path: Path) -> None:
-    assert "has not kept its quantized weights: run it again with keep_checkpoint=true" in refused(
-        make_run("keep_checkpoint=false"), located
+    assert "has not kept its quantized weights: run it again with keep_checkpoint=always" in refused(
+        make_run("keep_checkpoint=never"), located
     )
     assert "is the unquantized model's" in refused(make_run("method=fp16"), located)
     assert "there is no run in" in refused(tmp_path, located)
