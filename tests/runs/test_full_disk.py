@@ -78,7 +78,7 @@ class Killed(BaseException):
 def test_what_a_kill_leaves_of_a_run_that_is_done_is_removed_by_the_next_command(
     toy_settings: ToySettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = toy_settings("method=rtn")
+    settings = toy_settings("method=rtn", "keep_checkpoint=never")
 
     def die(_folder: Path) -> None:
         raise Killed
