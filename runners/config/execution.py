@@ -52,11 +52,11 @@ class Execution:
     cache: str | None
     cache_gb: float
     keep_checkpoint: str | bool
-    checkpoints_gb: float
     force: bool
     retry_failed: bool
     timeout_minutes: float | None
     dry_run: bool
+    checkpoints_gb: float = 20.0  # younger than published results, whose settings must still make an Execution
 
     def __post_init__(self) -> None:
         check_name("study", self.study)
