@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,15 @@ from transformers.utils import logging as transformers_logging
 
 from runners.errors import InputError
 from runners.gguf_files.contents import GgufFile
+from runners.gguf_files.kept import NOTE, hold, lock_of, place_of
 from runners.gguf_files.tensors import RULES, check_tensors
 from runners.gguf_files.tokenizer import load_tokenizer
-from runners.project import user_cache
 from runners.storage.files import write
-from runners.storage.fingerprint import code_fingerprint, fingerprint
 from runners.storage.locks import file_lock
 
 log = logging.getLogger(__name__)
 
 ENDING = ".gguf"
-NOTE = "gguf.json"  # in the folder: what it was made of; written last, so a folder without it is not whole
 SHARD = "2GB"
 
 
@@ -41,14 +38,14 @@ def converted(file: Path) -> Path:
         InputError: the file cannot be used, and why.
     """
     GgufFile(file)  # refuses first what no conversion can help
-    version = f"{transformers.__version__} {code_fingerprint('runners/gguf_files/*.py')}"
-    folder = user_cache() / "converted" / f"{file.stem}-{fingerprint([file])}-{_digits(version)}"
+    folder = place_of(file)
     if not (folder / NOTE).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with file_lock(folder.with_suffix(".lock"), timeout=-1):
+        with file_lock(lock_of(folder), timeout=-1):
             if not (folder / NOTE).is_file():  # again: another process may have made it while this one waited
                 log.info("converting %s, once, into %s", file, folder)
                 convert(file, folder)
+    hold(folder)
     return folder
 
 
@@ -121,8 +118,3 @@ def _load(file: GgufFile) -> tuple[Any, dict[str, str]]:
     except Exception as error:  # whatever its classes raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"transformers cannot build the model in {file.path}: {reason}") from error
-
-
-def _digits(words: str) -> str:
-    """Eight hexadecimal digits that differ where the words do."""
-    return sha256(words.encode()).hexdigest()[:8]

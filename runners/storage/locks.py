@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
@@ -67,6 +67,31 @@ def acquire(lock: BaseFileLock, timeout: float, setting: str = SETTING) -> bool:
         lock.release()
         raise InputError(_not_locked(lock, OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)), setting))
     return is_held or (timeout != 0 and _try(lock, timeout, setting))
+
+
+def lock_shared(opened: IO[bytes]) -> None:
+    """Lock an open file together with others, until it is closed: `others_share` then tells those who would remove it.
+
+    Raises:
+        OSError: the file system has no locks, or an exclusive one is held.
+    """
+    import fcntl  # which Windows has not: there nothing is held
+
+    fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def others_share(file: Path) -> bool:
+    """Whether another process has locked a file by `lock_shared`, or may have: where it cannot be told, it may."""
+    try:
+        import fcntl
+
+        with file.open("r+b") as opened:  # NFS locks for one process alone only what is open for writing
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except (OSError, ImportError):
+        return True
+    return False
 
 
 def _try(lock: BaseFileLock, timeout: float, setting: str) -> bool:

@@ -4,7 +4,6 @@ Only the store is written, and no server is asked: not even for the user's name,
 """
 
 import io
-import os
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from shlex import quote
@@ -15,21 +14,20 @@ from runners.results.layers import LayerRecord
 from runners.results.metrics import keys_of
 from runners.tracking import content
 from runners.tracking.figures import layer_error_figure, pixels
+from runners.tracking.store import open_store, project_of, store_of
 
 
 class TrackioTracker:
     """One run in trackio's store."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
-        store = (Path(settings.execution.results) / "trackio").absolute()
-        os.environ["TRACKIO_DIR"] = str(store)  # read once, when trackio is imported
-        from trackio.utils import TRACKIO_DIR
-
-        if store != TRACKIO_DIR:
-            raise ValueError(f"trackio already writes to {TRACKIO_DIR}: a process can have one results folder")
+        store = store_of(Path(settings.execution.results))
+        open_store(store)
         self._folder = folder
         self._curves = content.Curves()
-        self.where: str | None = f"TRACKIO_DIR={quote(str(store))} trackio show --project {_project(settings)}"
+        self.where: str | None = (
+            f"TRACKIO_DIR={quote(str(store))} trackio show --project {project_of(settings.execution.study)}"
+        )
         self._run = _start(settings)
 
     def layer(self, record: LayerRecord) -> None:
@@ -73,13 +71,8 @@ def _start(settings: Settings) -> Any:
         def _get_username(self) -> None:
             return None
 
-    name, project = content.title(settings), _project(settings)
+    name, project = content.title(settings), project_of(settings.execution.study)
     with suppress(ValueError):  # the study has no run yet
         for earlier in [run for run in trackio.Api().runs(project) if run.name == name]:
             earlier.delete()  # the run is made again, and replaces it
     return LocalRun(None, project, None, name, group=settings.run.model.name, config=content.config(settings))
-
-
-def _project(settings: Settings) -> str:
-    """The study in the characters that trackio keeps: studies that differ in others would share their runs."""
-    return content.identifier(settings.execution.study, allowed="A-Za-z0-9_-")
