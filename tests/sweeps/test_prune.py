@@ -230,10 +230,10 @@ def test_trackios_project_goes_with_the_last_run_of_its_study_also_where_the_stu
     study: Path, tracked: Project
 ) -> None:
     with RunFolder(study / "m" / "rtn-3b-4").lock(wait=False):
-        prune(study, "runs=all", "delete=true")
+        prune_elsewhere(study, "runs=all", "delete=true")
     assert tracked.database.exists()
     shutil.rmtree(study)
-    prune(study, "delete=true")
+    prune_elsewhere(study, "delete=true")
     assert tracked.paths == []
     with pytest.raises(InputError, match="there is no study"):
         prune(study)
