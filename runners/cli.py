@@ -25,6 +25,7 @@ from runners.results.metrics import OPEN, RELATIVE_ERROR, Reason, Status
 from runners.results.run_log import RUN_LOG
 from runners.results.studies import remember
 from runners.results.tables import cells_table, command_text, failure_text, next_steps, results_table
+from runners.run.dry_run import forecasts
 from runners.run.environment import COMMAND
 from runners.run.experiment import run_experiment
 from runners.sweeps.cells import cell_name, describe_cells, read_status, register_cells
@@ -88,12 +89,13 @@ def _start(main: Callable[[], Any]) -> None:
 
 def _run(command: CommandLine, multirun: bool) -> None:
     is_dry = any(cell.execution.dry_run for cell in command.cells)
-    is_run_here = not is_dry and not (multirun and runs_elsewhere(command.composed.hydra.launcher))
+    is_here = not (multirun and runs_elsewhere(command.composed.hydra.launcher))
+    is_run_here = is_here and not is_dry
     # A single run runs again what has failed, so what has failed does not keep it from being checked.
     cells = command.cells if multirun else [cell.replace(retry_failed=True) for cell in command.cells]
     refuse_impossible(cells, is_run_here)
     if is_dry:
-        console.print(cells_table(describe_cells(command.cells)))
+        _list(cells, is_here)
         return
     remember(command.cells[0].study_folder)
     if multirun:
@@ -111,9 +113,15 @@ def job(cfg: DictConfig) -> float:
     except InputError as error:
         return _failed(str(error), single)
     if settings.execution.dry_run:  # only where `start` left the command line to Hydra, as with --config-dir
-        console.print(cells_table(describe_cells([settings])))
+        _list([settings.replace(retry_failed=True)], is_here=True)
         return math.nan
     return _run_cell(settings, single)
+
+
+def _list(cells: Sequence[Settings], is_here: bool) -> None:
+    """Show the cells, and what is expected of those that are still to be run."""
+    words, lines = forecasts(cells, is_here)
+    console.print(cells_table([row | words.get(row["folder"], {}) for row in describe_cells(cells)], lines))
 
 
 def _enter(folder: Path) -> None:

@@ -87,6 +87,17 @@ def download_snapshot(path: str, revision: str | None, patterns: list[str] = PAT
     return folder, folder.name  # the hub's cache names the folder of a snapshot by its commit
 
 
+def cached_file(path: str, revision: str | None, name: str) -> Path | None:
+    """A file of a repository in the hub's cache; None: it is not there. The hub is not asked."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(path, name, revision=revision)
+    except Exception:  # such as of a name that cannot be a repository's
+        return None
+    return Path(found) if isinstance(found, str) else None  # the cache may also know that there is no such file
+
+
 def _converted_revision(api: Any, path: str) -> str:
     """The hub's own conversion to safetensors, which waits as a pull request in repositories that only hold pickles."""
     for discussion in api.get_repo_discussions(path, author="SFconvertbot", discussion_status="open"):

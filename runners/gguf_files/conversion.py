@@ -49,6 +49,12 @@ def converted(file: Path) -> Path:
     return folder
 
 
+def converted_before(file: Path) -> Path | None:
+    """The folder of a GGUF file, if it has been made."""
+    folder = place_of(file) if file.is_file() else None
+    return folder if folder is not None and (folder / NOTE).is_file() else None
+
+
 def convert(file: Path, folder: Path) -> None:
     """Write a GGUF file as a Hugging Face folder, under a temporary name until it is whole.
 

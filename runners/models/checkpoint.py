@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from runners.errors import InputError
-from runners.gguf_files.conversion import ENDING, converted, note_of
-from runners.hub import download_snapshot, hub_answers
+from runners.gguf_files.conversion import ENDING, converted, converted_before, note_of
+from runners.hub import cached_file, download_snapshot, hub_answers
 from runners.models.blocks import decoder_blocks
 from runners.models.quantized_already import refuse_quantized
 from runners.models.shards import INDEX, WHOLE, Shards, weight_files
@@ -110,7 +110,7 @@ def open_checkpoint(model: Model) -> Checkpoint:
     folder, revision = (local, None) if local else download_snapshot(model.path, model.revision)
     check_files(folder)
     skeleton = _skeleton(folder)
-    return Checkpoint(folder, skeleton, revision, model.sequence_length or _sequence_length(skeleton.config))
+    return Checkpoint(folder, skeleton, revision, sequence_length(model, skeleton))
 
 
 def model_skeleton(model: Model) -> Any:
@@ -123,6 +123,24 @@ def model_skeleton(model: Model) -> Any:
         return open_checkpoint(model).skeleton
     transformers_logging.set_verbosity_error()
     folder, _ = download_snapshot(model.path, model.revision, ["config.json"])
+    check_config(folder, tensors=MAX_COUNT)
+    return _skeleton(folder)
+
+
+def skeleton_here(model: Model) -> Any | None:
+    """The model without its weights, from what is on this disk: nothing is downloaded or converted. None: it is not here.
+
+    Raises:
+        InputError: what is here is damaged, or of an architecture that is not supported.
+    """
+    if model.gguf is not None:
+        folder = converted_before(model.gguf)
+    elif (folder := model.folder) is None:
+        config = cached_file(model.path, model.revision, "config.json")
+        folder = None if config is None else config.parent
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    transformers_logging.set_verbosity_error()
     check_config(folder, tensors=MAX_COUNT)
     return _skeleton(folder)
 
@@ -213,6 +231,15 @@ def check_files(folder: Path) -> None:
             )
         raise InputError(f"{folder} holds no weights: there is neither {WHOLE} nor {INDEX}")
     check_config(folder, tensors=check_tensors(files))
+
+
+def sequence_length(model: Model, skeleton: Any) -> int:
+    """Tokens of a calibration sequence and of an evaluation window.
+
+    Raises:
+        InputError: config.json says that the model takes none.
+    """
+    return model.sequence_length or _sequence_length(skeleton.config)
 
 
 def _sequence_length(config: Any) -> int:

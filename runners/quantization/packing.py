@@ -60,6 +60,11 @@ def pack(layers: dict[str, QuantizedLayer]) -> tuple[dict[str, Tensor], dict[str
     return tensors, {"layers": json.dumps(words)}  # one entry, as safetensors does not keep the order of several
 
 
+def packed_bytes(layer: QuantizedLayer) -> int:
+    """The size of the tensors that `pack` makes of a layer, whose own may be on the meta device."""
+    return sum(tensor.nbytes for tensor in _tensors(layer).values())
+
+
 def unpack(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, QuantizedLayer]:
     """The quantized layers that `pack` has packed, on the device of the tensors."""
     return {

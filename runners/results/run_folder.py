@@ -63,6 +63,13 @@ class RunFolder:
             return None if retry_failed or metrics.get("reason") == Reason.INTERRUPTED else metrics
         return metrics
 
+    def is_to_run(self, force: bool, retry_failed: bool) -> bool:
+        """Whether a run would run now. One that is damaged would not: it is refused."""
+        try:
+            return self.metrics_to_keep(force, retry_failed) is None
+        except InputError:
+            return False
+
     @contextmanager
     def lock(self, wait: bool) -> Iterator[bool]:
         """Hold the run for this process alone.

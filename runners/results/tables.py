@@ -17,6 +17,8 @@ from runners.results.run_log import RUN_LOG
 
 Run = Mapping[str, Any]  # the metrics of a run; of a cell that has not ended, its labels, status and error
 
+ESTIMATES = ("time", "memory", "disk")  # of a cell that is still to be run, in words
+BASIS = "basis"  # where they come from
 RAISED_DAMPING = "†"
 DEFAULT_GRIDS = ("", PER_CHANNEL, OWN_GRID)  # need no column
 
@@ -47,17 +49,28 @@ def results_table(runs: Sequence[Run]) -> Group:
     return Group(table, Text("; ".join(_facts(runs)), style="dim"))
 
 
-def cells_table(cells: Sequence[Run]) -> Group:
-    """One row per cell, with its status; and below the table how many cells have each status."""
+def cells_table(cells: Sequence[Run], notes: Sequence[str] = ()) -> Group:
+    """One row per cell, with its status; and below the table how many cells have each status.
+
+    Args:
+        cells: those that have ESTIMATES, or one of them, show them.
+        notes: lines that come between the table and the counts.
+    """
     table = Table(box=box.SIMPLE_HEAD, header_style="bold")
-    for name in ("model", "method", "bits", "setting", "state", ""):
-        table.add_column(name, justify="right" if name == "bits" else "left", no_wrap=name in ("method", "state"))
+    estimates = [name for name in ESTIMATES if any(cell.get(name) for cell in cells)]
+    names = ["model", "method", "bits", "setting", "state", *estimates, ""]
+    for name in names:
+        justify = "right" if name in ("bits", *ESTIMATES) else "left"
+        table.add_column(name, justify=justify, no_wrap=name in ("method", "state", *ESTIMATES))
     for cell in cells:
         status = cell["status"]
         style = {Status.FAILED: "red", Status.MISSING: "dim"}.get(status)
+        texts = {name: str(cell.get(name, "")) for name in names} | {"bits": _bits(cell), "state": status}
         detail = "" if status in (Status.DONE, Status.MISSING) else str(cell["error"])
-        table.add_row(cell["model"], cell["method"], _bits(cell), cell["setting"], status, detail, style=style)
-    return Group(table, Text(cell_counts(cells)))
+        texts[""] = "; ".join(part for part in (detail, cell.get(BASIS)) if part)
+        table.add_row(*(texts[name] for name in names), style=style)
+    lines = [Text(note) for note in notes] + ([Text("")] if notes else [])
+    return Group(table, *lines, Text(cell_counts(cells)))
 
 
 def cell_counts(cells: Sequence[Run]) -> str:

@@ -49,7 +49,4 @@ def _problems(cell: Settings, is_run_here: bool) -> list[str]:
 
 
 def _is_open(run: Settings) -> bool:
-    try:
-        return RunFolder(run.folder).metrics_to_keep(run.execution.force, run.execution.retry_failed) is None
-    except InputError:  # damaged: the run itself says so
-        return False
+    return RunFolder(run.folder).is_to_run(run.execution.force, run.execution.retry_failed)
