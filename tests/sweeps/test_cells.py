@@ -98,7 +98,7 @@ def test_a_dry_run_lists_the_cells_and_starts_nothing(
         "2": "done",
         "3": "failed killed by SIGKILL",
         "4": "unsupported not at this width",
-        "5": "missing 1.4 MB not measured on this machine yet",
+        "5": "missing 2.0 MB not measured on this machine yet",
     }
     assert lines[-1].strip() == "1 done, 1 unsupported, 1 failed, 1 missing"
 
