@@ -46,7 +46,7 @@ ROOMS: dict[str, str] = {
     "tracking": "results config",
     "run": "storage data models results quantization evaluation config tracking",
     "sweeps": "storage results config run",
-    "prune": "storage gguf_files results tracking sweeps",
+    "prune": "gguf_files results tracking sweeps",
     "audit": "storage data models results quantization evaluation config run",
     "benchmark": "storage models quantization run",
     "pretrain": "storage data evaluation",
