@@ -40,7 +40,7 @@ def main(
 ) -> None:
     """Save two pages for a study on W&B, a workspace and the template of a report, and print their addresses."""
     if find_spec("wandb_workspaces") is None:
-        raise InputError('reports need a package that is not installed: pip install "quantease-bench[reports]"')
+        raise InputError('reports need a package that is not installed: pip install -e ".[reports]"')
     results = results or results_folder()
     study = chosen_study(study, results)
     names = metric_names(results / study)

@@ -24,6 +24,11 @@ TOKENIZER = PROJECT / "runners" / "tiny"
 ToySettings = Callable[..., Settings]
 
 
+def missing(package: str) -> str:
+    """Why a test skips that needs a package of an extra."""
+    return f'{package} is not installed: pip install -e ".[dev]"'
+
+
 def save_toy(folder: Path, layers: int) -> Path:
     """A checkpoint folder: blocks of width 32, context 64, float32, random weights and the bundled tokenizer."""
     torch.manual_seed(0)

@@ -30,9 +30,7 @@ class Tracker:
         if self.name not in ("wandb", "trackio", "none"):
             raise ValueError(f"name must be wandb, trackio or none, not {self.name}")
         if self.name == "trackio" and find_spec("trackio") is None:
-            raise ValueError(
-                'name=trackio needs a package that is not installed: pip install "quantease-bench[dashboard]"'
-            )
+            raise ValueError('name=trackio needs a package that is not installed: pip install -e ".[dashboard]"')
         if self.mode not in (None, "online", "offline"):
             raise ValueError(f"mode must be online, offline or null, not {self.mode}")
         if len(self.project) > 128 or set(self.project) & set("/\\#?%:"):

@@ -27,7 +27,7 @@ def check_installed(launcher: str) -> None:
     """
     extra = EXTRAS.get(launcher)
     if extra is not None and not _is_there(f"hydra_plugins.hydra_{extra}_launcher"):
-        raise InputError(f'{GROUP}={launcher} is not installed: pip install "quantease-bench[{extra}]"')
+        raise InputError(f'{GROUP}={launcher} is not installed: pip install -e ".[{extra}]"')
 
 
 def _is_there(module: str) -> bool:

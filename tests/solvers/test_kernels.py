@@ -15,6 +15,7 @@ from quantease.coordinate_descent import QuantEase
 from quantease.grid import Grid, GridSpec
 from quantease.kernels import Columns, cpu, plain
 from quantease.layer import LayerSolver
+from tests.conftest import missing
 from tests.problems import random_problem
 
 Pass = Callable[..., None]
@@ -64,7 +65,7 @@ def _to_gpu(argument: Tensor | Columns | None) -> Tensor | Columns | None:
 def form(name: str) -> Pass:
     if name == "cpu":
         return cpu.run_block
-    pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
+    pytest.importorskip("triton", reason=missing("Triton"))
     return on_the_gpu
 
 

@@ -1,4 +1,4 @@
-"""A sweep without an end, started as a user would."""
+"""A sweep without an end, started as a user would, and launchers that need not be installed."""
 
 import os
 import signal
@@ -12,9 +12,14 @@ import pytest
 
 from quantease.coordinate_descent import QuantEase
 from quantease.grid import GridSpec
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, missing
 from tests.problems import random_problem
 from tests.sweeps.endless import StartSweep
+
+
+def needs_launcher(extra: str) -> None:
+    """Skip where Hydra's launcher of an extra is not installed."""
+    pytest.importorskip(f"hydra_plugins.hydra_{extra}_launcher", reason=missing(f"hydra-{extra}-launcher"))
 
 
 @pytest.fixture

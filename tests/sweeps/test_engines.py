@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import PROJECT, ToySettings
+from tests.sweeps.conftest import needs_launcher
 from tests.sweeps.endless import StartSweep, quantizing, session, wait_for
 
 
@@ -19,7 +20,7 @@ from tests.sweeps.endless import StartSweep, quantizing, session, wait_for
 def test_nothing_outlives_a_command_that_is_killed(
     cells_at_a_time: int, start_endless_sweep: StartSweep, tmp_path: Path
 ) -> None:
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    needs_launcher("joblib")
     more = ["hydra/launcher=workers", f"hydra.launcher.n_jobs={cells_at_a_time}"]  # a third worker has nothing to do
     sweep = start_endless_sweep(subprocess.DEVNULL, *more)
     wait_for(lambda: len(quantizing(tmp_path / "runs")) == 2)
@@ -53,7 +54,7 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "0000000000000000000
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="this system has no /proc/net")
 def test_a_ray_of_its_own_listens_on_this_machine_alone(start_endless_sweep: StartSweep, tmp_path: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    needs_launcher("ray")
     sweep = start_endless_sweep(subprocess.DEVNULL, "hydra/launcher=ray_local")
     wait_for(lambda: len(quantizing(tmp_path / "runs")) == 2)
     found = listening(sweep.pid)
@@ -65,7 +66,7 @@ def test_a_ray_of_its_own_listens_on_this_machine_alone(start_endless_sweep: Sta
 
 
 def test_a_ray_that_is_not_there_gets_a_sentence(tmp_path: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    needs_launcher("ray")
     command = [sys.executable, "run.py", "-m", "hydra/launcher=ray_cluster", "method=rtn", f"results={tmp_path}"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     answer = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
@@ -79,7 +80,7 @@ def test_a_ray_that_is_not_there_gets_a_sentence(tmp_path: Path) -> None:
 @pytest.fixture
 def ray_of_two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
     """A Ray of two nodes with one CPU each, and a token; its address, and the environment of who may use it."""
-    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    needs_launcher("ray")
     elsewhere = tmp_path_factory.mktemp("ray")  # short: the names of sockets may have 107 characters
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 32, "RAY_USAGE_STATS_ENABLED": "0"}
     ray = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1", "--num-gpus=0"]

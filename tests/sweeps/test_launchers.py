@@ -15,6 +15,7 @@ from runners.config.command_line import check
 from runners.errors import InputError
 from runners.run.experiment import run_experiment
 from tests.conftest import PROJECT
+from tests.sweeps.conftest import needs_launcher
 
 PRESETS = sorted(path.stem for path in (PROJECT / "conf" / "hydra" / "launcher").glob("*.yaml"))
 RUN_HERE = ["workers", "slurm_local", "ray_local"]  # `slurm` needs one
@@ -39,7 +40,7 @@ def test_the_same_sweep_gives_the_same_results(
     launcher: str, sweep: list[str], expected: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     if launcher != "basic":
-        pytest.importorskip(f"hydra_plugins.hydra_{launchers.EXTRAS[launcher]}_launcher")
+        needs_launcher(launchers.EXTRAS[launcher])
     command = [sys.executable, "run.py", "-m", f"hydra/launcher={launcher}", *sweep, f"results={tmp_path}"]
     answer = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stdout + answer.stderr
@@ -98,12 +99,12 @@ def test_what_is_not_installed_gets_a_sentence(launcher: str, monkeypatch: pytes
     extra = {"workers": "joblib", "slurm": "submitit", "slurm_local": "submitit"}.get(launcher, "ray")
     with pytest.raises(InputError) as error:
         check([f"hydra/launcher={launcher}", "method=rtn"], multirun=True)
-    assert str(error.value) == f'hydra/launcher={launcher} is not installed: pip install "quantease-bench[{extra}]"'
+    assert str(error.value) == f'hydra/launcher={launcher} is not installed: pip install -e ".[{extra}]"'
 
 
 @pytest.mark.parametrize("launcher", PRESETS)
 def test_presets_compose(launcher: str) -> None:
-    pytest.importorskip(f"hydra_plugins.hydra_{launchers.EXTRAS[launcher]}_launcher")
+    needs_launcher(launchers.EXTRAS[launcher])
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         words = [f"hydra/launcher={launcher}", "study=night", "results=results"]
         config = compose("config", words, return_hydra_config=True)
@@ -123,6 +124,6 @@ def test_a_launcher_that_does_not_exist_gets_a_sentence_with_those_that_do() -> 
 
 
 def test_a_launcher_is_no_setting_of_a_run() -> None:
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    needs_launcher("joblib")
     plain = check(["method=rtn"], multirun=True)
     assert check(["method=rtn", "hydra/launcher=workers", "hydra.launcher.n_jobs=3"], multirun=True) == plain

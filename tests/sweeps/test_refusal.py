@@ -22,6 +22,7 @@ from runners.run.experiment import failure_metrics, run_cell
 from runners.sweeps.engines import runs_elsewhere
 from runners.sweeps.refusal import refuse_impossible
 from tests.conftest import PROJECT, ToySettings
+from tests.sweeps.conftest import needs_launcher
 
 Refused = Callable[..., str]
 
@@ -81,6 +82,8 @@ def test_input_that_cannot_work_leaves_nothing(refused: Refused, word: str, swee
 
 @pytest.mark.parametrize("launcher", [[], ["hydra/launcher=workers"]])
 def test_a_sweep_names_every_problem_and_its_cells_at_once(refused: Refused, launcher: list[str]) -> None:
+    if launcher:
+        needs_launcher("joblib")
     words = ["method=fp16,rtn,gptq", "group_size=12,16,24", "evaluation=wikitext2,paper", "bits=3", "calibration=c4"]
     said = refused(*words, *launcher, "-m")
     head, *problems = said.splitlines()

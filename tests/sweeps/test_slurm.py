@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from runners.results.progress import read_progress
+from tests.conftest import missing
 from tests.sweeps.endless import StartSweep, quantizing, wait_for
 
-pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason=missing("hydra-submitit-launcher"))
 
 from runners.sweeps.slurm import GONE, QueueWatcher
 

@@ -23,11 +23,10 @@ from runners.errors import InputError
 from runners.run.experiment import run_cell
 from runners.tracking import content
 from runners.tracking.tracker import track
-from tests.conftest import PROJECT, ToySettings
+from tests.conftest import PROJECT, ToySettings, missing
 
 # It must not be imported here: it looks for its store when it is.
-MISSING = 'the extra is not installed: pip install "quantease-bench[dashboard]"'
-pytestmark = pytest.mark.skipif(find_spec("trackio") is None, reason=MISSING)
+pytestmark = pytest.mark.skipif(find_spec("trackio") is None, reason=missing("trackio"))
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUIET = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
@@ -148,7 +147,7 @@ def test_without_the_extra_the_command_line_says_what_to_install(
     toy_settings: ToySettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(execution, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r'pip install "quantease-bench\[dashboard\]"'):
+    with pytest.raises(InputError, match=r'pip install -e "\.\[dashboard\]"'):
         toy_settings("method=rtn", "tracker=trackio")
 
 

@@ -12,13 +12,10 @@ from runners.errors import InputError
 from runners.reports import main, metric_names, report, workspace
 from runners.run.experiment import run_cell
 from runners.tracking import content
-from tests.conftest import ToySettings
+from tests.conftest import ToySettings, missing
 from tests.tracking.test_tracking import inspect_offline_run
 
-pages = pytest.importorskip(
-    "wandb_workspaces.reports.v2.interface",
-    reason='the extra is not installed: pip install "quantease-bench[reports]"',
-)
+pages = pytest.importorskip("wandb_workspaces.reports.v2.interface", reason=missing("wandb-workspaces"))
 NAMES = [
     "bits_per_weight",
     "layers/mean_held_out_error",
@@ -138,5 +135,5 @@ def test_mistakes_are_answered_in_a_sentence(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(InputError, match="run wandb login"):
         invoke(["entity=me", "study=mine", f"results={tmp_path}"], main)
     monkeypatch.setattr(reports, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r'pip install "quantease-bench\[reports\]"'):
+    with pytest.raises(InputError, match=r'pip install -e "\.\[reports\]"'):
         invoke(["entity=me"], main)
