@@ -10,12 +10,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from runners.config import resolvers as resolvers  # importing it registers what conf/ interpolates
 from runners.config.from_config import settings_from
-from runners.config.hydra_internals import overrides_of_cells
+from runners.config.hydra_internals import groups_inside, options_of_group, overrides_of_cells
 from runners.config.overrides import Groups, first_line, is_choice, is_hydras, parse, set_values
 from runners.config.settings import Settings
 from runners.errors import InputError
@@ -82,9 +82,8 @@ def check_names(lines: Sequence[str], multirun: bool) -> None:
 
 def _groups() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """The options of every conf group: ours, and those of Hydra, such as `hydra/launcher`."""
-    loader = GlobalHydra.instance().config_loader()
-    ours = {str(group): loader.get_group_options(str(group)) for group in loader.list_groups("") if group != "hydra"}
-    hydras = {f"hydra/{group}": loader.get_group_options(f"hydra/{group}") for group in loader.list_groups("hydra")}
+    ours = {group: options_of_group(group) for group in groups_inside("") if group != "hydra"}
+    hydras = {f"hydra/{group}": options_of_group(f"hydra/{group}") for group in groups_inside("hydra")}
     return ours, hydras
 
 
@@ -136,7 +135,10 @@ def _cells_of_sweep(
 def _config_of_cell(overrides: list[Override], groups: Groups, bases: dict[tuple[str, ...], DictConfig]) -> DictConfig:
     choices = tuple(_choices(overrides, groups))
     if choices not in bases:
-        bases[choices] = _compose(choices, RunMode.RUN)
+        composed = _compose(choices, RunMode.RUN)
+        with open_dict(composed):
+            del composed["hydra"]  # no setting of a cell, and the larger part: it would be copied for every cell
+        bases[choices] = composed
     config = copy.deepcopy(bases[choices])
     set_values(config, overrides, groups)
     return config

@@ -12,10 +12,12 @@ from functools import lru_cache
 from typing import Any, NoReturn, cast
 
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.grammar import grammar_functions
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, RangeSweep
 from hydra.core.plugins import Plugins
@@ -95,7 +97,18 @@ def overrides_of_cells(overrides: list[Override]) -> list[list[str]]:
 
 def options_of_group(group: str) -> list[str]:
     """The names of a conf group's files, wherever Hydra composes, in this process or in that of a launcher."""
-    return GlobalHydra.instance().config_loader().get_group_options(group)
+    return _entries(group, ObjectType.CONFIG)
+
+
+def groups_inside(group: str) -> list[str]:
+    """The conf groups inside another; inside "", those of conf/ itself."""
+    return _entries(group, ObjectType.GROUP)
+
+
+def _entries(group: str, kind: ObjectType) -> list[str]:
+    # The loader's own `get_group_options` copies all that it knows before it lists a folder.
+    loader = cast(ConfigLoaderImpl, GlobalHydra.instance().config_loader())
+    return [str(name) for name in loader.repository.get_group_options(group, kind)]
 
 
 @lru_cache
