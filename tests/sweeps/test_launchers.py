@@ -69,7 +69,7 @@ def test_results_go_to_the_project_or_to_the_folder_that_is_named_from_where_the
     launcher: str, copied_project: Path, toy_model: Path, data_root: Path, tmp_path: Path
 ) -> None:
     if launcher != "basic":
-        pytest.importorskip(f"hydra_plugins.hydra_{launchers.EXTRAS[launcher]}_launcher")
+        needs_launcher(launchers.EXTRAS[launcher])
     # Relative paths: cells start in the folder in which the command was given, whoever starts them.
     for name, folder in {"model": toy_model, "data": data_root}.items():
         (tmp_path / name).symlink_to(folder)
