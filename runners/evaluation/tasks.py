@@ -71,6 +71,26 @@ def prepare_tasks(names: Sequence[str], data_root: str | None) -> tuple[list[Rea
     return ready, skipped
 
 
+def check_task_name(name: str) -> None:
+    """Check that a task exists; only names that are not ours need lm-eval's list, which takes seconds to read.
+
+    Raises:
+        InputError: no task, tag or group has that name.
+    """
+    known = [*TASKS, BUNDLED]
+    if name in known:
+        return
+    with silence():
+        manager = _all_tasks()
+    if name not in manager.task_index:
+        close = difflib.get_close_matches(name, {*known, *manager.all_tasks})
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise InputError(
+            f"evaluation.tasks names {name}, which lm-eval does not know: {hint}The papers' tasks are {', '.join(known)}; "
+            "`lm-eval ls tasks` lists all"
+        )
+
+
 def explain_failure(doing: str, error: BaseException) -> str:
     """Why a task is skipped, in a sentence: lm-eval could not do something with it."""
     message = " ".join(str(error).split())[:300]
@@ -162,15 +182,8 @@ def _load_any(name: str) -> Any:
     import evaluate
 
     evaluate.config.HF_EVALUATE_OFFLINE = True  # pyright: ignore[reportAttributeAccessIssue] - see `_refuse_code`
+    check_task_name(name)
     manager = _all_tasks()
-    if name not in manager.task_index:
-        known = [*TASKS, BUNDLED]
-        close = difflib.get_close_matches(name, {*known, *manager.all_tasks})
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise InputError(
-            f"evaluation.tasks names {name}, which lm-eval does not know: {hint}The papers' tasks are {', '.join(known)}; "
-            "`lm-eval ls tasks` lists all"
-        )
     return _from_hub(manager, name, "or leave it out of evaluation.tasks")
 
 

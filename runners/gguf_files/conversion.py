@@ -7,7 +7,6 @@ is loaded as its config.json says: float16 for a file of that type, else bfloat1
 import contextlib
 import inspect
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
+from runners.console import console
 from runners.errors import InputError
 from runners.gguf_files.contents import GgufFile
 from runners.gguf_files.kept import NOTE, hold, lock_of, place_of
@@ -24,8 +24,6 @@ from runners.gguf_files.tensors import RULES, check_tensors
 from runners.gguf_files.tokenizer import load_tokenizer
 from runners.storage.files import write
 from runners.storage.locks import file_lock
-
-log = logging.getLogger(__name__)
 
 ENDING = ".gguf"
 SHARD = "2GB"
@@ -43,7 +41,7 @@ def converted(file: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(lock_of(folder), timeout=-1):
             if not (folder / NOTE).is_file():  # again: another process may have made it while this one waited
-                log.info("converting %s, once, into %s", file, folder)
+                console.print(f"converting {file}, once, into {folder}", highlight=False, soft_wrap=True, markup=False)
                 convert(file, folder)
     hold(folder)
     return folder

@@ -112,6 +112,16 @@ def check_coverage(model: Any) -> str | None:
     )
 
 
+def refuse_left_out(model: Any, warnings: str) -> None:
+    """With `warnings=error`, refuse a model of which matrices would stay unquantized, before anything is calibrated.
+
+    Raises:
+        InputError: there are such matrices.
+    """
+    if warnings == "error" and (left := check_coverage(model)) is not None:
+        raise InputError(f"{left}; warnings=record goes on and records it")
+
+
 def _refuse_shared_weights(model: nn.Module, blocks: nn.ModuleList) -> None:
     """Refuse blocks that share a weight: the second would be calibrated, and quantized, on what the first has left of it."""
     owner: dict[int, tuple[int, str]] = {}

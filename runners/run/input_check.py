@@ -1,4 +1,4 @@
-"""What can be said of a cell's inputs without reading weights or texts: whether they are there, and fit the grid.
+"""What can be said of inputs without reading weights or texts: are they there, do they fit the grid and the machine?
 
 It is asked of every cell of a command before the first folder is made. What only reading shows (a damaged line, a text that
 is too short, weights that are not finite) is found by the run's own preflight, and is a row.
@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+import torch
+
 from runners.config.run import Run
 from runners.config.settings import Settings
 from runners.data.datasets import HubDataset
 from runners.errors import InputError
-from runners.models.blocks import check_divisibility
+from runners.evaluation.tasks import check_task_name
+from runners.models.blocks import check_divisibility, refuse_left_out
 from runners.models.checkpoint import Model, model_skeleton
 
 
@@ -23,14 +26,17 @@ def input_problems(settings: Settings, is_run_here: bool) -> list[str]:
         is_run_here: False where another machine runs the cell, which may reach a hub, or have a cache, that this one does
             not. Files are looked for in either case: the run's digest is computed from them here.
     """
-    return list(dict.fromkeys(_problems(settings.run, settings.execution.data_root, is_run_here)))
+    problems = [] if not is_run_here else [_device_problem(settings.execution.device)]
+    problems += [_task_problem(name) for name in settings.run.evaluation.tasks]
+    found = [problem for problem in problems if problem is not None]
+    return list(dict.fromkeys([*found, *_problems(settings.run, settings.execution.data_root, is_run_here)]))
 
 
 def _problems(run: Run, data_root: str | None, is_run_here: bool) -> Iterator[str]:
     if is_run_here or (run.model.gguf is None and run.model.folder is not None):
         skeleton, problem = _opened(run.model)
         if problem is None and run.quantizes:
-            problem = _division_problem(skeleton, run)
+            problem = _grid_problem(skeleton, run)
         if problem is not None:
             yield problem
     for dataset in _needed_datasets(run):
@@ -45,9 +51,10 @@ def _needed_datasets(run: Run) -> list[HubDataset]:
     return [dataset for dataset in needed if isinstance(dataset, HubDataset)]
 
 
-def _division_problem(skeleton: Any, run: Run) -> str | None:
+def _grid_problem(skeleton: Any, run: Run) -> str | None:
     try:
         check_divisibility(skeleton, run.grid)
+        refuse_left_out(skeleton, run.warnings)
     except InputError as error:
         return str(error)
     return None
@@ -69,6 +76,25 @@ def _opened(model: Model) -> tuple[Any, str | None]:
 def _data_problem(dataset: HubDataset, data_root: str | None) -> str | None:
     try:
         dataset.find(data_root)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+@lru_cache(maxsize=4)
+def _device_problem(name: str | None) -> str | None:
+    # Not opened, which takes memory of a GPU for as long as this process lives.
+    device = torch.device(name or "cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        there = f"{torch.cuda.device_count()} GPUs" if torch.cuda.device_count() else "no GPU"
+        return f"device={name} cannot be used: torch finds {there} on this machine; device=null takes what there is"
+    return None
+
+
+@lru_cache(maxsize=64)
+def _task_problem(name: str) -> str | None:
+    try:
+        check_task_name(name)
     except InputError as error:
         return str(error)
     return None

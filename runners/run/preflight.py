@@ -13,7 +13,7 @@ from runners.data.windows import Windows, cut_texts
 from runners.errors import InputError
 from runners.evaluation.prompts import check_prompts
 from runners.evaluation.tasks import ReadyTask, prepare_tasks
-from runners.models.blocks import check_coverage, check_divisibility
+from runners.models.blocks import check_coverage, check_divisibility, refuse_left_out
 from runners.models.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from runners.run.environment import environment
 
@@ -50,7 +50,9 @@ def preflight(settings: Settings) -> RunInputs:
     checkpoint = open_checkpoint(settings.run.model)
     if settings.run.quantizes:
         check_divisibility(checkpoint.skeleton, settings.run.grid)
-        _check_coverage(checkpoint, settings.run.warnings)
+        refuse_left_out(checkpoint.skeleton, settings.run.warnings)
+        if (left := check_coverage(checkpoint.skeleton)) is not None:
+            log.warning("%s", left)
     tokenizer = load_tokenizer(checkpoint)
     length = checkpoint.sequence_length
     model_type, data_root = checkpoint.config.model_type, settings.execution.data_root
@@ -83,15 +85,6 @@ def open_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device={name} cannot be used: {str(error).splitlines()[0]}") from error
     return device
-
-
-def _check_coverage(checkpoint: Checkpoint, warnings: str) -> None:
-    """Say which matrices will stay unquantized; with `warnings=error`, stop at them."""
-    if (left := check_coverage(checkpoint.skeleton)) is None:
-        return
-    if warnings == "error":  # their records would stop the run, too, but only after some blocks are calibrated
-        raise InputError(f"{left}; warnings=record goes on and records it")
-    log.warning("%s", left)
 
 
 def _check_vocabulary(largest: int, checkpoint: Checkpoint) -> None:

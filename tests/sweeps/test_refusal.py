@@ -68,6 +68,8 @@ IMPOSSIBLE = {
     "model.path=.": "holds no config.json",
     "group_size=12": "group_size=12 does not divide the 32 inputs of self_attn.",
     "data_root=/nowhere/data": "the data set wikitext2 (Salesforce/wikitext, test) is not in the data root",
+    "device=cuda:99": "device=cuda:99 cannot be used: torch finds ",
+    "evaluation.tasks=[no_such_task]": "evaluation.tasks names no_such_task, which lm-eval does not know: ",
     "data_root=null": "the data set wikitext2 (Salesforce/wikitext, test) cannot be had from the hub",
 }
 
