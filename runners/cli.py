@@ -30,8 +30,9 @@ from runners.run.environment import COMMAND
 from runners.run.experiment import run_experiment
 from runners.sweeps.cells import cell_name, describe_cells, read_status, register_cells
 from runners.sweeps.engines import prepared, runs_elsewhere
-from runners.sweeps.isolation import record_dead_runs, run_isolated, sigterm_as_interrupt
+from runners.sweeps.isolation import record_dead_runs, run_isolated
 from runners.sweeps.refusal import refuse_impossible
+from runners.sweeps.signals import end_in_time, interrupts_end_it, sigterm_as_interrupt
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ def start(main: Callable[[], Any]) -> None:
     os.environ[COMMAND] = shlex.join(sys.orig_argv)
     logging.raiseExceptions = False  # a log that cannot be written, as on a full disk, is not to fill the terminal
     try:
-        _start(main)
+        with interrupts_end_it():
+            _start(main)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(WRONG_INPUT) from None
@@ -83,7 +85,7 @@ def _start(main: Callable[[], Any]) -> None:
             check_names(options.overrides, options.multirun)
         main()
     else:
-        with sigterm_as_interrupt(), configuration():
+        with sigterm_as_interrupt(then=end_in_time), configuration():
             _run(read(options.overrides, options.multirun), options.multirun)
 
 

@@ -15,9 +15,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from multiprocessing import forkserver
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -34,17 +34,13 @@ from runners.results.run_folder import RunFolder
 from runners.results.run_log import append
 from runners.run.experiment import INTERRUPTED, failure_metrics, run_experiment
 from runners.sweeps.gpus import lease
+from runners.sweeps.signals import heeding_sigterm, signals_held
 
 log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 15.0  # for a process to write its metrics after SIGTERM; schedulers often send SIGKILL after 30
 START = "start"  # the stage of a process that has not written any progress
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-IGNORED = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR2,
-)  # SIGUSR2 tells a job of submitit that its time is nearly over
 OUT_OF_MEMORY = (
     "probably out of memory; try a smaller batch_size, fewer cells at a time (hydra.launcher.n_jobs), or more memory"
 )
@@ -76,20 +72,6 @@ def run_isolated(
         return _run_child(settings, os.environ | gpu, logs, on_cell)
 
 
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM, which schedulers send, as Ctrl-C, unless somebody else handles it (submitit does)."""
-    is_free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if not is_free or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGTERM, _raise_interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def _has_ended(settings: Settings) -> bool:
     runs = [(RunFolder(cell.folder), cell.execution) for cell in _with_references([settings])]
     return all(folder.metrics_to_keep(execution.force, execution.retry_failed) for folder, execution in runs)
@@ -99,9 +81,14 @@ def _run_child(
     settings: Settings, environment: dict[str, str], logs: dict[str, Any] | None, on_cell: OnCell | None
 ) -> list[dict[str, Any]]:
     """Start the process and wait for its answer, its death or the time limit, whichever is first."""
-    process, answer = _start(settings, environment, logs)
+    context: Any = multiprocessing.get_context(START_METHOD)
+    answer, sender = context.Pipe(duplex=False)
+    arguments = (settings, sender, environment, logs, torch.get_num_threads())
+    process: BaseProcess = context.Process(target=_run_in_child, args=arguments, name=settings.run_name)
     minutes = settings.execution.timeout_minutes
     try:
+        _start(process)
+        sender.close()  # the child now has the only writing end, so that reading ends with EOFError when it dies
         result = _wait_for(answer, process, None if minutes is None else time.monotonic() + 60 * minutes, on_cell)
     except _TimeIsUp:
         return _stop_and_record(settings, process, Reason.TIMEOUT, _timeout_words(settings))
@@ -113,50 +100,36 @@ def _run_child(
         raise result
     if result is not None:
         return result
-    # Somebody else has sent SIGTERM: it came before the handler was set, or through the handler (`_run_in_child`).
+    # Somebody else has sent SIGTERM, to the process or through its handler (`_run_in_child`).
     if process.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM):
         return _stop_and_record(settings, process, Reason.INTERRUPTED, INTERRUPTED)
     return _stop_and_record(settings, process, Reason.KILLED, _death_words(process.exitcode))
 
 
-def _start(
-    settings: Settings, environment: dict[str, str], logs: dict[str, Any] | None
-) -> tuple[BaseProcess, Connection]:
-    context: Any = multiprocessing.get_context(START_METHOD)
-    context.set_forkserver_preload([__name__, "quantease.kernels.cpu"])  # this imports numba, too
+def _start(process: BaseProcess) -> None:
     methods = multiprocessing.get_all_start_methods()
     if multiprocessing.get_start_method(allow_none=True) not in (None, *methods):
         multiprocessing.set_start_method(methods[0], force=True)  # joblib sets "loky", which a child does not know
-    answer, sender = context.Pipe(duplex=False)
-    arguments = (settings, sender, environment, logs, torch.get_num_threads())
-    process: BaseProcess = context.Process(target=_run_in_child, args=arguments, name=settings.run_name)
-    with _ignoring_signals():
-        if START_METHOD == "forkserver":
-            forkserver.ensure_running()  # at once; but until it has imported all, which takes seconds, `start` waits
-        else:
+    resource_tracker.ensure_running()  # it sees to signals itself, and changes the mask of this thread
+    if START_METHOD != "forkserver":
+        with signals_held():
             process.start()
-    if START_METHOD == "forkserver":
-        process.start()
-    sender.close()  # the child now has the only writing end, so that reading ends with EOFError when it dies
-    return process, answer
-
-
-@contextmanager
-def _ignoring_signals() -> Iterator[None]:
-    """Start processes that ignore signals from their first moment, as they inherit it: the parent stops them, in order.
-
-    The terminal sends Ctrl-C to all processes of the group, and a scheduler its signals to all processes of a job. A child,
-    or the fork server, that died of one at once would leave no metrics, or no exit code.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
         return
-    before = {name: signal.signal(name, signal.SIG_IGN) for name in IGNORED}
+    forkserver.set_forkserver_preload([__name__, "quantease.kernels.cpu"])  # this imports numba, too
+    with signals_held():
+        forkserver.ensure_running()  # at once; but until it has imported all, which takes seconds, `start` waits
     try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, signal.SIG_DFL if handler is None else handler)
+        process.start()
+    except KeyboardInterrupt:
+        _kill_fork_server()
+        raise
+
+
+def _kill_fork_server() -> None:
+    """End the fork server, which would heed the end of this process only after its imports. The next cell starts another."""
+    server: int | None = getattr(forkserver._forkserver, "_forkserver_pid", None)  # pyright: ignore[reportAttributeAccessIssue]
+    if server is not None:
+        os.kill(server, signal.SIGKILL)
 
 
 class _TimeIsUp(Exception):
@@ -191,24 +164,18 @@ def _run_in_child(
 ) -> None:
     os.environ.clear()  # inherited from the fork server, and as old as that
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _raise_interrupt)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    logging.raiseExceptions = False  # a log that cannot be written, as on a full disk, is not to fill the terminal
-    if logs is not None:
-        configure_log(OmegaConf.create(logs))
     try:
-        answer.send(run_experiment(settings, on_cell=answer.send))
+        with heeding_sigterm():
+            threading.Thread(target=_end_with_parent, daemon=True).start()
+            torch.set_num_threads(threads)
+            logging.raiseExceptions = False  # an error of a log, as on a full disk, is not to fill the terminal
+            if logs is not None:
+                configure_log(OmegaConf.create(logs))
+            answer.send(run_experiment(settings, on_cell=answer.send))
     except InputError as error:
         answer.send(error)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGTERM)  # the exit code by which shells tell a death by SIGTERM
-
-
-def _raise_interrupt(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the writing of the metrics
-    raise KeyboardInterrupt
 
 
 def _end_with_parent() -> None:
@@ -223,10 +190,12 @@ def _end_with_parent() -> None:
 
 def _stop(process: BaseProcess) -> None:
     """End the process: by SIGTERM, and by SIGKILL after the grace period or a second Ctrl-C."""
+    if process.pid is None:  # interrupted before it was started
+        return
     deadline = time.monotonic() + GRACE_SECONDS
     try:
         while process.is_alive() and time.monotonic() < deadline:
-            process.terminate()  # repeatedly: until it has its handler, the process ignores it
+            process.terminate()
             process.join(1.0)
     finally:
         process.kill()

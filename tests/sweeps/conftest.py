@@ -33,7 +33,10 @@ def start_endless_sweep(toy_model: Path, data_root: Path, tmp_path: Path) -> Ite
 
     def start(output: int, *more: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(PROJECT / "run.py"), *arguments, *more]
+        # Of tests in the background of a script Ctrl-C is ignored, and what they start inherits that.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         sweep = subprocess.Popen(command, cwd=PROJECT, stdout=output, stderr=output, text=True, start_new_session=True)
+        signal.signal(signal.SIGINT, before)
         started.append(sweep)
         return sweep
 

@@ -30,5 +30,7 @@ def quantizing(study: Path) -> list[Path]:
 
 def session(leader: int) -> list[str]:
     """The living processes of a session, by their command lines; of a sweep they are all that it has started."""
-    listed = subprocess.run(["ps", "-o", "stat=,args=", "-s", str(leader)], capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        ["ps", "-ww", "-o", "stat=,args=", "-s", str(leader)], capture_output=True, text=True
+    ).stdout
     return [line for line in listed.splitlines() if not line.startswith("Z")]

@@ -24,9 +24,10 @@ from runners.results.run_folder import RunFolder
 from runners.run.experiment import failure_metrics, run_cell, run_experiment
 from runners.sweeps import isolation
 from runners.sweeps.cells import read_status
-from runners.sweeps.isolation import record_dead_runs, run_isolated, sigterm_as_interrupt
+from runners.sweeps.isolation import record_dead_runs, run_isolated
+from runners.sweeps.signals import sigterm_as_interrupt
 from tests.conftest import ToySettings
-from tests.sweeps.endless import StartSweep, quantizing, wait_for
+from tests.sweeps.endless import StartSweep, quantizing, session, wait_for
 
 DONE = {"status": "done", "method": "fp16", "model": "toy", "bits_per_weight": 16.0, "layers/mean_relative_error": 0.0}
 
@@ -231,9 +232,9 @@ def test_ctrl_c_ends_a_sweep_in_order(start_endless_sweep: StartSweep, tmp_path:
     sweep = start_endless_sweep(subprocess.PIPE)
     wait_for(lambda: bool(quantizing(tmp_path / "runs")))
     (folder,) = quantizing(tmp_path / "runs")
-    time.sleep(3)  # numba compiles first, and would swallow the interrupt, with a message of its own
     os.killpg(sweep.pid, signal.SIGINT)  # as a terminal sends it: to all of them
-    out, err = sweep.communicate(timeout=300)
+    out, err = sweep.communicate(timeout=90)
+    wait_for(lambda: not session(sweep.pid), seconds=30)
     assert sweep.returncode == cli.INTERRUPTED
     assert err.strip() == "interrupted: the same command again goes on with what is missing"
     assert "Traceback" not in out
