@@ -163,6 +163,9 @@ def _run_cell(settings: Settings, single: bool, words: Sequence[str] = ()) -> fl
         return _failed(str(error), single)
     row = rows[-1]
     if row.get("reason") == Reason.INTERRUPTED and SUBMITIT in os.environ:
+        from runners.sweeps.slurm import wait_while_preempted  # an extra
+
+        wait_while_preempted()
         # Without a result: the command then finds out whether the job is over or will begin again, as after a preemption.
         raise SystemExit(INTERRUPTED)
     if row["status"] in (Status.FAILED, Status.UNSUPPORTED):

@@ -39,6 +39,7 @@ OVER = {
     *("TIMEOUT", GONE),
 }  # the states without a way back; a job that is requeued is PENDING, one that is suspended SUSPENDED
 POLL_SECONDS = 30  # between two questions to the controller, at most
+PREEMPTION_SECONDS = 2.0  # between two questions of a job that is being preempted
 RESULT_SECONDS = 15.0  # for the result of a job that has ended to appear in a folder on another machine
 
 _results = Job.results
@@ -100,6 +101,22 @@ def slurm() -> Iterator[None]:
     except KeyboardInterrupt:
         _leave_jobs(watcher)
         raise
+
+
+def wait_while_preempted() -> None:
+    """In a job that is being preempted: stay until Slurm ends it, which is when Slurm requeues it, or does not.
+
+    Where a partition has a GraceTime, SIGTERM comes that long before the end. A job that left at once would count as failed,
+    and not be requeued.
+    """
+    while job := os.environ.get("SLURM_JOB_ID"):
+        asked = subprocess.run(
+            ["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True, check=False
+        )
+        words = dict(word.split("=", 1) for word in asked.stdout.split() if "=" in word)
+        if words.get("JobState") != "RUNNING" or words.get("PreemptTime", "None") == "None":
+            return
+        time.sleep(PREEMPTION_SECONDS)
 
 
 @contextmanager

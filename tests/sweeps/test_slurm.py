@@ -46,8 +46,13 @@ ReturnToService=2
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SchedulerParameters=batch_sched_delay=1,sched_interval=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=2000 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=patient Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
+PartitionName=cheap Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=CANCEL
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -167,6 +172,46 @@ def test_a_job_that_is_requeued_is_waited_for(start_jobs: StartSweep, tmp_path: 
     assert (read_progress(folder) or {})["pid"] != before
     subprocess.run(["scancel", job], check=True)
     assert f"job {job} ended without a result (CANCELLED)" in end(sweep)
+    assert rows(tmp_path / "runs")[3]["reason"] == "interrupted"
+
+
+def preempt() -> str:
+    """Start a job that takes the whole node from those of less priority; its id."""
+    command = ["sbatch", "--parsable", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 3600"]
+    job = ask(*command).strip()
+    wait_for(lambda: job in jobs("RUNNING"), seconds=120)
+    return job
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("partition", ["main", "patient"])
+def test_a_job_that_is_preempted_and_requeued_is_waited_for(
+    start_jobs: StartSweep, tmp_path: Path, partition: str
+) -> None:
+    sweep = start_jobs("bits=3", f"hydra.launcher.partition={partition}")
+    (job,), (folder,) = jobs("RUNNING"), quantizing(tmp_path / "runs")
+    before = (read_progress(folder) or {})["pid"]
+    urgent = preempt()
+    wait_for(lambda: jobs("PENDING") == [job], seconds=60)
+    assert rows(tmp_path / "runs")[3]["reason"] == "interrupted"
+    time.sleep(5)
+    assert sweep.poll() is None
+    subprocess.run(["scancel", urgent], check=True)
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)  # else it waits for two minutes
+    wait_for(lambda: quantizing(tmp_path / "runs") == [folder], seconds=120)
+    assert (read_progress(folder) or {})["pid"] != before
+    subprocess.run(["scancel", job], check=True)
+    assert f"job {job} ended without a result (CANCELLED)" in end(sweep)
+    assert rows(tmp_path / "runs")[3]["reason"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_a_job_that_is_preempted_for_good_leaves_its_row(start_jobs: StartSweep, tmp_path: Path) -> None:
+    sweep = start_jobs("bits=3", "hydra.launcher.partition=cheap")
+    (job,) = jobs("RUNNING")
+    preempt()
+    assert f"job {job} ended without a result (PREEMPTED)" in end(sweep)
+    assert sweep.returncode == 1
     assert rows(tmp_path / "runs")[3]["reason"] == "interrupted"
 
 
