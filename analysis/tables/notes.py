@@ -7,6 +7,7 @@ from runners.results.metrics import (
     FAR_MORE_BITS,
     FAR_MORE_NOTE,
     REFERENCE,
+    fallback_note,
     stores_far_more,
 )
 
@@ -27,7 +28,13 @@ def mark_notes(raised: bool, far_more: bool) -> list[str]:
 
 def row_notes(rows: list[Row]) -> list[str]:
     """What must be said of the models and of the calibration of the rows."""
-    return [*model_notes(rows), *calibration_notes(rows)]
+    return [*model_notes(rows), *calibration_notes(rows), *fallback_notes(rows)]
+
+
+def fallback_notes(rows: list[Row]) -> list[str]:
+    """What must be said of layers that calibration reached too little, of each row that has some."""
+    notes = [(f"{row['label']}, {row['grid']}", fallback_note(row)) for row in rows]
+    return list(dict.fromkeys(f"{who}: {note}" for who, note in notes if note))
 
 
 def calibration_notes(rows: list[Row]) -> list[str]:

@@ -16,7 +16,7 @@ from analysis.intervals import BOLD_NOTE, SeriesText
 from analysis.published import comparable
 from analysis.series import Row, all_keys, model_notes, protocol_of
 from analysis.tables.comparison import markdown_lines, markdown_text, spread
-from analysis.tables.notes import RAISED, bos_notes, calibration_notes, mark_notes, stored_words
+from analysis.tables.notes import RAISED, bos_notes, calibration_notes, fallback_notes, mark_notes, stored_words
 from runners.results.metrics import (
     BITS_PER_WEIGHT,
     KL_FLOOR,
@@ -117,7 +117,8 @@ def paper_table(summary: list[Row], metric: Metric, bold: set[SeriesText], publi
 def _remarks(rows: list[Row], summary: list[Row], metric: Metric) -> list[str]:
     on_text = metric.text is not None or bool(names([metric.key], "agreement"))
     calibrated = calibration_notes(rows) if on_text else []  # which say of texts that they were calibrated on
-    return [*_noise_floors(rows, summary, metric), *model_notes(rows), *calibrated, *bos_notes(rows)]
+    noise = _noise_floors(rows, summary, metric)
+    return [*noise, *model_notes(rows), *calibrated, *bos_notes(rows), *fallback_notes(rows)]
 
 
 def _noise_floors(rows: list[Row], summary: list[Row], metric: Metric) -> list[str]:

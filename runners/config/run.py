@@ -13,6 +13,7 @@ from runners.fetch.packages import present
 from runners.identity import counts_if, identifying_fields, identity_of
 from runners.models.checkpoint import Model
 from runners.names import check_name
+from runners.results.metrics import FALLBACK_RTN, FALLBACKS
 from runners.storage.fingerprint import checkpoint_fingerprint, fingerprint
 
 CALIBRATION_DATA = "calibration"  # in the identity's versions of data sets, beside the names of the texts
@@ -52,10 +53,14 @@ class Run:
     grid_range: str = field(metadata=counts_if(_quantizes))
     # It changes no number. But a run that only recorded its warnings must not be taken for one that stops at them.
     warnings: str = field(metadata=counts_if(lambda run: _quantizes(run) and run.warnings != "record"))
+    # Older results left such layers as they were. None that is published had any, so the default is not in their digests.
+    fallback: str = field(default=FALLBACK_RTN, metadata=counts_if(lambda run: run.takes_other_fallback))
 
     def __post_init__(self) -> None:
         if self.warnings not in ("record", "error"):
             raise ValueError(f"warnings must be record or error, not {self.warnings!r}")
+        if self.fallback not in FALLBACKS:
+            raise ValueError(f"fallback must be one of {', '.join(FALLBACKS)}, not {self.fallback!r}")
         _ = self.grid  # refuses what GridSpec refuses
         self._check_inputs()
         check_name("model.name", self.model.name)
@@ -84,6 +89,11 @@ class Run:
     def quantizes(self) -> bool:
         """False for the unquantized reference, on which the grid and the calibration have no effect."""
         return _quantizes(self)
+
+    @property
+    def takes_other_fallback(self) -> bool:
+        """Whether layers that calibration hardly reaches get another fallback than the default."""
+        return self.quantizes and self.calibration is not None and self.fallback != FALLBACK_RTN
 
     @property
     def solver(self) -> LayerSolver:

@@ -87,11 +87,13 @@ class CalibrationActivations:
         return self._retry_calibration(lambda: input_groups(activations, self.position))
 
     def statistics(self, groups: list[InputGroup]) -> MeasuredGroups:
-        """The input statistics of some groups of the current decoder block, from one pass over all sequences."""
+        """The input statistics of those of some groups of the current decoder block that any calibration token reaches.
+
+        They are from one pass over all sequences.
+        """
         activations = self._embedded()
         measure = partial(input_statistics, activations, self.position, groups, self.length_one)
-        statistics = self._retry_calibration(measure)
-        return list(zip(groups, statistics, strict=True))
+        return self._retry_calibration(measure)
 
     def to_host(self) -> str | None:
         """Move the activations to host memory: a remedy for `Memory.retry`; None: there are none on the GPU."""

@@ -60,7 +60,7 @@ class CalibrationMode(Protocol):
         ...
 
     def measure(self) -> Iterator[GroupsToSolve]:
-        """The input statistics of the block's layers, each input group once; a layer that is never used is in none."""
+        """The input statistics of the block's layers, each input group once; a layer that no token reaches is in none."""
         ...
 
     def leave(self) -> None:

@@ -18,9 +18,11 @@ from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupport
 from runners.errors import InputError
 from runners.models.blocks import LinearLayer
 from runners.models.memory import Memory, Remedy
+from runners.quantization.fallback import NOT_FINITE, RoundToNearest, why_not_calibrated
 from runners.quantization.input_statistics import InputStatistics
 from runners.quantization.layer_errors import relative_error, rounding_error, token_error
 from runners.results.layers import LayerRecord
+from runners.results.metrics import FALLBACK_ERROR, FALLBACK_KEEP, FALLBACK_RTN
 from runners.timing import Phases, clock
 
 
@@ -76,6 +78,7 @@ class GroupSolver:
         memory: in how many slices of rows a layer is solved; made more where memory runs out.
         phases: counts the seconds under `solve`.
         free_gpu: a remedy that moves whatever else is on the GPU to host memory.
+        fallback: what layers get that calibration has reached too little, one of `metrics.FALLBACKS`.
     """
 
     solver: LayerSolver
@@ -84,18 +87,49 @@ class GroupSolver:
     memory: Memory
     phases: Phases
     free_gpu: Remedy
+    fallback: str = FALLBACK_RTN
 
     def solve(self, group: LayerGroup) -> Iterator[SolvedLayer]:
-        """Quantize the layers of a group in the model; those with non-finite inputs are left alone.
+        """Quantize the layers of a group in the model, or give them the fallback.
 
         Raises:
             Unsupported: the method cannot do what the grid asks.
-            InputError: a layer cannot be put on the grid, or memory ran out for good.
+            InputError: a layer cannot be put on the grid, memory ran out for good, or `fallback=error`.
         """
-        if group.statistics is not None and not group.statistics.finite:
-            for name in group.layers:
-                yield self._left_alone(group, name, "its activations are not finite")
+        if (why := why_not_calibrated(group.statistics)) is not None:
+            yield from self.fall_back(group, why)
+        else:
+            yield from self._solve(group)
+
+    def fall_back(self, group: LayerGroup, why: str) -> Iterator[SolvedLayer]:
+        """Give the layers of a group what `fallback` says, and mark their records.
+
+        Args:
+            group: its statistics are None where no token has reached it.
+            why: in words.
+
+        Raises:
+            InputError: `fallback=error`; naming the first layer.
+        """
+        not_finite, tokens = why == NOT_FINITE, 0 if group.statistics is None else group.statistics.tokens
+        marks: dict[str, Any] = {"fallback": True, "tokens": tokens, "non_finite": not_finite}
+        if self.fallback == FALLBACK_ERROR:
+            raise InputError(
+                f"{next(iter(group.layers))} in block {group.block} cannot be calibrated: {why}. fallback=rtn rounds such "
+                "layers to nearest; more sequences (calibration.num_sequences) may reach them"
+            )
+        if self.fallback == FALLBACK_KEEP:
+            for name, layer in group.layers.items():
+                kept = left_alone(group.block, name, layer.weight.shape, self.stored_bits, why)
+                yield SolvedLayer(replace(kept.record, **marks))
             return
+        # Errors of inputs that are not finite would be none either.
+        rounded = LayerGroup(group.block, group.layers, None if not_finite else group.statistics)
+        for layer in replace(self, solver=RoundToNearest())._solve(rounded):
+            notes = f"rounded to nearest, as {why}" + f"; {layer.record.notes}" * bool(layer.record.notes)
+            yield replace(layer, record=replace(layer.record, notes=notes, **marks))
+
+    def _solve(self, group: LayerGroup) -> Iterator[SolvedLayer]:
         rows_independent = self.solver.rows_independent
         remedies = [self.free_gpu]  # first: moving activations changes no sum
         if rows_independent:
@@ -167,6 +201,7 @@ class GroupSolver:
             clipped_scales=quantized.grid.clipped_scales,
             worse_than_rounding=is_worse,
             notes="; ".join(notes),
+            tokens=None if group.statistics is None else group.statistics.tokens,
             history=quantized.history,
             **errors,
             **_energy_columns(group.statistics),

@@ -20,7 +20,7 @@ from runners.quantization.token_energy import TokenEnergy
 from runners.storage.cache import Cache
 
 PARTS = ("hessian", "mean_input", "held_out", "held_out_tokens")  # of InputStatistics, as the cache names its tensors
-ENERGY = "energy"  # likewise, of its token energy
+ENERGY, TOKENS = "energy", "tokens"  # likewise, of its token energy and of the number of tokens
 MOST_TOKENS = 2048  # held-out tokens whose inputs are kept as they are
 TOKENS_AT_ONCE = 8192  # of a batch whose inputs are copied to be scaled: with 20,480 inputs 670 MB
 
@@ -31,7 +31,9 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Means over all calibration tokens of functions of a layer's input x, float32.
+    """Means of functions of a layer's input x over the calibration tokens that reach the layer, float32.
+
+    All tokens reach most layers; an expert is reached by those that are routed to it.
 
     With `calibration.token_weights=length_one`, x / ||x|| takes the place of x in `hessian` and `mean_input`, not in the
     others: errors on held-out tokens mean the same whatever a run was calibrated with.
@@ -42,6 +44,8 @@ class InputStatistics:
         held_out: of x x^T (in, in) over the held-out tokens; None: there are none.
         held_out_tokens: inputs x (tokens, in) of some held-out tokens, in the model's dtype; None: there are none.
         energy: how the energy ||x||^2 is divided among the calibration tokens.
+        tokens: how many calibration tokens have reached the layer; None: unknown.
+        of_tokens: how many there are.
     """
 
     hessian: Tensor
@@ -49,12 +53,23 @@ class InputStatistics:
     held_out: Tensor | None = None
     held_out_tokens: Tensor | None = None
     energy: TokenEnergy = field(default_factory=TokenEnergy)
+    tokens: int | None = None
+    of_tokens: int | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All that the statistics hold, by the names of PARTS and ENERGY."""
+        """All that the statistics hold, by the names of PARTS, ENERGY and TOKENS."""
         parts = {name: getattr(self, name) for name in PARTS}
+        parts[TOKENS] = None if self.tokens is None else torch.tensor([self.tokens, self.of_tokens])
         return {name: tensor for name, tensor in parts.items() if tensor is not None} | {ENERGY: self.energy.tensor}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "InputStatistics":
+        """The inverse of `tensors`."""
+        parts: dict[str, Any] = dict(tensors)
+        parts[ENERGY] = TokenEnergy.from_tensor(tensors[ENERGY])
+        tokens, of_tokens = parts.pop(TOKENS).tolist() if TOKENS in parts else (None, None)
+        return cls(**parts, tokens=tokens, of_tokens=of_tokens)
 
     @property
     def finite(self) -> bool:
@@ -71,7 +86,7 @@ def input_groups(activations: BlockActivations, index: int) -> list[InputGroup]:
         index: of the block.
 
     Returns:
-        The groups. A layer that the block does not use for these sequences is in none.
+        The groups. Layers that the block does not use for these few sequences are the last, each in a group of its own.
     """
     layers = linear_layers(activations.blocks[index])
     # One input is one tensor, told by where it is in memory. The tensors are kept, so that none takes another's memory.
@@ -86,12 +101,14 @@ def input_groups(activations: BlockActivations, index: int) -> list[InputGroup]:
 
     with _hooked([(layer.module, note(name)) for name, layer in layers.items()]):
         activations.sample(index)
-    return [tuple(names) for _, names in seen.values()]
+    used = [tuple(names) for _, names in seen.values()]
+    # Other sequences may reach the rest, as the experts in modules of their own that no token of these is routed to.
+    return used + [(name,) for name in layers if not any(name in names for names in used)]
 
 
 def input_statistics(
     activations: BlockActivations, index: int, groups: list[InputGroup], length_one: bool = False
-) -> list[InputStatistics]:
+) -> MeasuredGroups:
     """Run an open decoder block on all sequences and take the statistics of some groups' inputs.
 
     Args:
@@ -101,15 +118,14 @@ def input_statistics(
         length_one: scale the input of every calibration token to length one before it enters a sum.
 
     Returns:
-        One entry per group, in the order of `groups`.
+        The groups that some calibration token has reached, in the order of `groups`, each with its statistics.
     """
     layers = linear_layers(activations.blocks[index])
     measuring = _Measuring(activations, length_one)
     with _hooked([(layers[name].module, measuring.hook(name)) for name, *_ in groups]):  # the others' input is the same
-        for output in activations.run(index):
-            # Counted once per batch and not by the hooks, which run once per part where memory is short.
-            measuring.sums.tokens += output.shape[0] * output.shape[1]
-    return [measuring.statistics(name) for name, *_ in groups]
+        for _ in activations.run(index):
+            pass
+    return [(group, measuring.statistics(group[0])) for group in groups if measuring.has_reached(group[0])]
 
 
 class StatisticsCache:
@@ -129,20 +145,19 @@ class StatisticsCache:
         tensors = self._cache.get(self._key_of(index), self._device)
         if tensors is None:
             return None
-        by_group: dict[str, dict[str, Any]] = {}
+        by_group: dict[str, dict[str, Tensor]] = {}
         for name, tensor in sorted(tensors.items()):  # by the number that a name begins with
             numbered_group, _, part = name.rpartition("/")
-            value = TokenEnergy.from_tensor(tensor) if part == ENERGY else tensor
-            by_group.setdefault(numbered_group, {})[part] = value
+            by_group.setdefault(numbered_group, {})[part] = tensor
         return [
-            (tuple(numbered_group.partition("/")[2].split(",")), InputStatistics(**parts))
+            (tuple(numbered_group.partition("/")[2].split(",")), InputStatistics.from_tensors(parts))
             for numbered_group, parts in by_group.items()
         ]
 
     def put(self, index: int, measured: MeasuredGroups) -> None:
         """Keep the statistics of all input groups of decoder block `index`, as tensors `NUMBER/LAYER,LAYER/PART`."""
         tensors = {
-            f"{number:03d}/{','.join(group)}/{part}": tensor
+            f"{number:06d}/{','.join(group)}/{part}": tensor
             for number, (group, statistics) in enumerate(measured)
             for part, tensor in statistics.tensors.items()
         }
@@ -176,6 +191,8 @@ class _Measuring:
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
+            if not x.numel():  # some experts are called without a token
+                return
             self.sums.add(name, x.flatten(0, -2), self._activations.memory.hessian_parts)
             if self._is_calibration:
                 self._energies.add(name, x)
@@ -184,6 +201,10 @@ class _Measuring:
 
         return hook
 
+    def has_reached(self, name: str) -> bool:
+        """Whether any calibration token has reached the layer `name`."""
+        return self._calibration.has(name)
+
     def statistics(self, name: str) -> InputStatistics:
         """Of the input of the layer `name`; to be asked for once."""
         return InputStatistics(
@@ -191,6 +212,8 @@ class _Measuring:
             held_out=self._held_out.means(name)[0] if self._held_out.has(name) else None,
             held_out_tokens=self._tokens.of(name),
             energy=self._energies.of(name),
+            tokens=self._calibration.tokens[name],
+            of_tokens=self._activations.calibration_tokens,
         )
 
 
@@ -199,10 +222,13 @@ class _Sums:
 
     Args:
         length_one: every token's input is scaled to length one first.
+
+    Attributes:
+        tokens: how many tokens have reached each layer.
     """
 
     def __init__(self, length_one: bool = False) -> None:
-        self.tokens = 0
+        self.tokens: dict[str, int] = {}
         self._length_one = length_one
         self._hessians: dict[str, Tensor] = {}
         self._magnitudes: dict[str, Tensor] = {}
@@ -212,6 +238,7 @@ class _Sums:
         if name not in self._hessians:
             self._hessians[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
             self._magnitudes[name] = torch.zeros(x.shape[1], device=x.device)
+        self.tokens[name] = self.tokens.get(name, 0) + len(x)
         # Summed over all tokens and divided once: a running mean would round at every batch.
         for some in map(_of_length_one, x.split(TOKENS_AT_ONCE)) if self._length_one else [x]:
             add_second_moment(self._hessians[name], some, parts)
@@ -223,7 +250,8 @@ class _Sums:
 
     def means(self, name: str) -> tuple[Tensor, Tensor]:
         """The means of x x^T and of |x|. In place, as a second Hessian may not fit: to be asked for once."""
-        return self._hessians[name].div_(self.tokens), self._magnitudes[name].div_(self.tokens)
+        tokens = self.tokens[name]
+        return self._hessians[name].div_(tokens), self._magnitudes[name].div_(tokens)
 
 
 def _of_length_one(x: Tensor) -> Tensor:

@@ -17,9 +17,11 @@ from quantease.grid import GridSpec
 from quantease.layer import LayerSolver, QuantizedLayer
 from runners.models.blocks import linear_layers, other_matrices
 from runners.quantization.calibration_modes import CalibrationMode
+from runners.quantization.fallback import UNREACHED
 from runners.quantization.finished_blocks import FinishedBlocks
 from runners.quantization.group_solver import GroupSolver, LayerGroup, SolvedLayer, left_alone
 from runners.results.layers import LayerRecord
+from runners.results.metrics import FALLBACK_RTN
 from runners.timing import peak_so_far_gb
 
 
@@ -32,6 +34,7 @@ class Quantization:
         spec: the grid.
         stored_bits: bits per weight of a layer that keeps its own weights.
         finished: where finished blocks are kept and found again after an interruption; None: nowhere.
+        fallback: what layers get that calibration has reached too little.
     """
 
     def __init__(
@@ -42,11 +45,12 @@ class Quantization:
         *,
         stored_bits: float = 16.0,
         finished: FinishedBlocks | None = None,
+        fallback: str = FALLBACK_RTN,
     ) -> None:
         self.inputs, self.finished = inputs, finished
         activations = inputs.activations
         self._source, self._memory, self._phases = activations.source, activations.memory, activations.phases
-        self._groups = GroupSolver(solver, spec, stored_bits, self._memory, self._phases, activations.to_host)
+        self._groups = GroupSolver(solver, spec, stored_bits, self._memory, self._phases, activations.to_host, fallback)
 
     @torch.no_grad()
     def run(
@@ -104,9 +108,8 @@ class Quantization:
                     used.update(names)
                     # Without a name of its own, so that the copies of its weights are freed before more is measured.
                     yield from self._groups.solve(LayerGroup(index, {name: layers[name] for name in names}, statistics))
-            why = "never used, so there is nothing to calibrate it on"
             for name in (name for name in layers if name not in used):
-                yield left_alone(index, name, layers[name].weight.shape, self._groups.stored_bits, why)
+                yield from self._groups.fall_back(LayerGroup(index, {name: layers[name]}, None), UNREACHED)
             yield from self._other_matrices(index, block)
             self.inputs.leave()  # last, while the block is open: its quantized weights leave the memory with it
 

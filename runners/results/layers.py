@@ -28,6 +28,10 @@ class LayerRecord:
         clipped_scales: how many scales are at the smallest value of their format.
         non_finite: activations or the solver's weights were not finite.
         left_alone: the layer keeps its weights; `notes` gives the reason.
+        fallback: calibration gave the method too little to work with, so the layer took what `fallback` says; `notes` gives
+            the reason. With `fallback=rtn` it is rounded to nearest, with `fallback=keep` left alone.
+        tokens: how many calibration tokens have reached the layer: of an expert, those that were routed to it. None: no
+            calibration, or a matrix that no method is given.
         notes: remarks of the solver, in words.
         worse_than_rounding: the held-out error exceeds that of rounding to nearest on the run's grid; `notes` gives both.
         held_out_error: the relative error on calibration sequences that the solver has not seen; None: there were none.
@@ -64,6 +68,8 @@ class LayerRecord:
     energy_max_over_median: float | None = None
     energy_position: int | None = None
     energy_position_share: float | None = None
+    fallback: bool = False
+    tokens: int | None = None
     history: tuple[float, ...] = ()
 
     @property
@@ -73,7 +79,15 @@ class LayerRecord:
 
 
 # Fields of a record.
-WARNINGS = ("damping_raised", "dead_columns", "clipped_scales", "non_finite", "left_alone", "worse_than_rounding")
+WARNINGS = (
+    "damping_raised",
+    "dead_columns",
+    "clipped_scales",
+    "non_finite",
+    "left_alone",
+    "worse_than_rounding",
+    "fallback",
+)
 
 ERRORS = {
     metrics.RELATIVE_ERROR: "relative_error",

@@ -81,6 +81,9 @@ QUANTIZATION = "quantization"  # the digest of what determines the codes; absent
 CALIBRATION = "calibration"  # its name
 CALIBRATION_INPUTS = "calibration_inputs"  # absent where there was no calibration, as token weights are
 TOKEN_WEIGHTS = "token_weights"  # absent from results older than the setting: uniform
+FALLBACK = "fallback"  # what layers get that calibration has reached too little; absent where there was no calibration,
+# and from results older than the setting: FALLBACK_KEEP
+FALLBACK_RTN, FALLBACK_KEEP, FALLBACK_ERROR = FALLBACKS = ("rtn", "keep", "error")
 CACHE_HITS = "cache/hits"
 CACHE_MISSES = "cache/misses"
 MEMORY_STEPS = "memory/steps"
@@ -213,6 +216,22 @@ def stores_far_more(metrics: Mapping[str, Any]) -> bool:
     return None not in (bits, stored) and metrics["method"] != REFERENCE and stored > bits + MOST_BITS_ABOVE
 
 
+def fallback_note(metrics: Mapping[str, Any]) -> str | None:
+    """A sentence about the layers that the method was not given, as calibration reached them too little; None: no such."""
+    taken, count = _present(metrics.get(warning("fallback"))), _present(metrics.get(LAYER_COUNT))
+    if taken:
+        kept = metrics.get(FALLBACK) == FALLBACK_KEEP
+        what = "keep the weights of the unquantized model" if kept else "are rounded to nearest"
+        return f"{taken:g} of {count:g} layers {what}, as calibration reached them too little (`fallback`: layers.csv)"
+    left = _present(metrics.get(warning("left_alone")))
+    if taken is None and left and metrics.get(CALIBRATION) != UNCALIBRATED:
+        return (
+            f"{left:g} of {count:g} matrices keep the weights of the unquantized model; in results of this age these may "
+            "be layers that calibration did not reach"
+        )
+    return None
+
+
 def peak_memory_gb(metrics: Mapping[str, Any]) -> float | None:
     """The largest memory that any stage of a run has taken, in GB of 10^9 bytes; None where none was measured."""
     stages = (_present(metrics.get(key)) for key in (QUANTIZE_MEMORY, EVALUATE_MEMORY, ZERO_SHOT_MEMORY))
@@ -320,6 +339,7 @@ _TEXTS = (
     CALIBRATION_INPUTS,
     CALIBRATION_NOTE,
     TOKEN_WEIGHTS,
+    FALLBACK,
     "grid_range",
     "stage",
     "error",

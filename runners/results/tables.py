@@ -203,6 +203,7 @@ def _facts(runs: Sequence[Run]) -> list[str]:
         *_questions(runs),
         *_damping(runs),
         *_far_more_bits(runs),
+        *_fallbacks(runs),
         *_not_measured(runs),
         *_warnings(runs),
         *sorted({note for run in runs if (note := run.get(metrics.CALIBRATION_NOTE))}),
@@ -217,6 +218,11 @@ def _model(runs: Sequence[Run]) -> list[str]:
 
 def _model_notes(runs: Sequence[Run]) -> list[str]:
     return sorted({f"{run['model']}: {note}" for run in runs if (note := run.get(metrics.MODEL_NOTE))})
+
+
+def _fallbacks(runs: Sequence[Run]) -> list[str]:
+    notes = [(run["method"], metrics.fallback_note(run)) for run in runs]
+    return list(dict.fromkeys(f"{method}: {note}" for method, note in notes if note))
 
 
 def _protocols(runs: Sequence[Run]) -> list[str]:

@@ -19,6 +19,7 @@ from runners.results.metrics import (
     CALIBRATION_INPUTS,
     CALIBRATION_NOTE,
     CHECKPOINT_FROM,
+    FALLBACK,
     MODEL_DTYPE,
     MODEL_NOTE,
     MODEL_PATH,
@@ -283,6 +284,7 @@ def _labels(settings: Settings) -> dict[str, Any]:
         labels[CALIBRATION] = UNCALIBRATED if calibration is None else calibration.name
         if calibration is not None:
             labels |= {CALIBRATION_INPUTS: calibration.inputs, TOKEN_WEIGHTS: calibration.token_weights}
+            labels[FALLBACK] = settings.run.fallback
     return labels
 
 

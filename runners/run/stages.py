@@ -89,6 +89,7 @@ class Stages:
             self.settings.run.grid,
             stored_bits=stored_bits,
             finished=self.blocks,
+            fallback=self.settings.run.fallback,
         )
         with Meter(self.inputs.device) as meter:
             records = self._quantize_blocks(quantization, on_layer)

@@ -96,7 +96,10 @@ def test_the_statistics_are_those_of_what_enters_each_layer(family: str) -> None
     walk = BlockActivations(InMemoryModel(model), ids, batch_size=2)
     groups = input_groups(walk, 0)
     assert sorted(name for group in groups for name in group) == sorted(layers)
-    for group, statistics in zip(groups, input_statistics(walk, 0, groups), strict=True):
+    measured = input_statistics(walk, 0, groups)
+    assert [group for group, _ in measured] == groups
+    for group, statistics in measured:
+        assert statistics.tokens == statistics.of_tokens == ids.numel()
         for name in group:
             x = inputs[name][0].flatten(0, -2).double()
             torch.testing.assert_close(statistics.hessian.double(), x.T @ x / len(x), rtol=1e-5, atol=1e-6)
@@ -179,7 +182,9 @@ def test_a_layer_that_is_never_used_shares_no_input() -> None:
     model = random_model("opt")
     model.model.decoder.layers[0].spare = nn.Linear(32, 32)
     walk = BlockActivations(InMemoryModel(model), random_ids(2), batch_size=2)
-    assert "spare" not in {name for group in input_groups(walk, 0) for name in group}
+    groups = input_groups(walk, 0)
+    assert groups[-1] == ("spare",)  # other sequences might reach it
+    assert [group for group, _ in input_statistics(walk, 0, groups)] == groups[:-1]
 
 
 def test_activations_that_are_not_finite_are_noticed_and_go_no_further() -> None:
@@ -187,7 +192,7 @@ def test_activations_that_are_not_finite_are_noticed_and_go_no_further() -> None
     model.model.layers[0].mlp.up_proj.weight.fill_(1e38)
     walk = BlockActivations(InMemoryModel(model), random_ids(2), batch_size=2)
     groups = input_groups(walk, 0)
-    finite = dict(zip(groups, (statistics.finite for statistics in input_statistics(walk, 0, groups)), strict=True))
+    finite = {group: statistics.finite for group, statistics in input_statistics(walk, 0, groups)}
     assert not finite["mlp.down_proj",]
     assert sum(finite.values()) == len(groups) - 1
     with pytest.raises(InputError, match=r"activations that leave block 0 are not finite: try model\.dtype=bfloat16"):
@@ -221,7 +226,7 @@ def test_activations_in_host_memory_change_nothing(family: str) -> None:
         groups = input_groups(near, index)
         assert input_groups(far, index) == groups
         pairs = zip(input_statistics(near, index, groups), input_statistics(far, index, groups), strict=True)
-        assert all(torch.equal(a.hessian, b.hessian) for a, b in pairs)
+        assert all(torch.equal(a.hessian, b.hessian) for (_, a), (_, b) in pairs)
         near.advance(index)
         far.advance(index)
     for mine, theirs in zip(near.hidden, far.hidden, strict=True):

@@ -152,15 +152,6 @@ def test_a_solution_that_is_not_finite_leaves_the_layer_alone_and_says_so() -> N
     assert figures["bits_per_weight"] == pytest.approx(expected)
 
 
-def test_a_layer_that_is_never_used_is_left_alone_and_says_so() -> None:
-    model = random_model("opt")
-    block_of(model, 1).spare = torch.nn.Linear(32, 8)
-    records = run(model, RTN())
-    (left,) = (record for record in records if record.left_alone)
-    assert (left.block, left.layer, left.out_features, left.in_features) == (1, "spare", 8, 32)
-    assert "never used" in left.notes
-
-
 def test_experts_in_one_parameter_are_recorded_and_counted_at_what_they_take() -> None:
     """They begin in block 1: block 0 is no example of the others."""
     torch.manual_seed(0)
@@ -206,15 +197,16 @@ def test_a_matrix_that_is_kept_in_float32_counts_32_bits() -> None:
     }
 
 
-def test_a_layer_whose_inputs_are_not_finite_is_left_alone_and_the_run_ends_there() -> None:
+def test_a_layer_whose_inputs_are_not_finite_takes_the_fallback_and_the_run_ends_there() -> None:
     model = random_model("llama")
     block_of(model, 0).mlp.up_proj.weight.fill_(1e38)
     reported: list[LayerRecord] = []
     spec = GridSpec(8, scale_bits=32)
     with pytest.raises(InputError, match="activations that leave block 0 are not finite"):
         quantize(InMemoryModel(model), random_ids(6), 4, RTN(), spec, report=reported.append)
-    (left,) = (record for record in reported if record.left_alone)
-    assert (left.layer, left.notes, left.non_finite) == ("mlp.down_proj", "its activations are not finite", True)
+    (last,) = (record for record in reported if record.fallback)
+    assert (last.layer, last.non_finite, last.relative_error) == ("mlp.down_proj", True, None)
+    assert last.notes == "rounded to nearest, as its activations are not finite"
 
 
 def test_inputs_that_are_always_zero_and_the_smallest_scales_are_counted() -> None:

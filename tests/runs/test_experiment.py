@@ -56,6 +56,8 @@ LAYER_COLUMNS = {
     "energy_max_over_median",
     "energy_position",
     "energy_position_share",
+    "fallback",
+    "tokens",
 }
 
 

@@ -40,7 +40,7 @@ def rebuilt(node: Any) -> Any:
 
 def settings_of(stored: dict[str, Any]) -> Settings:
     flat = {key: rebuilt(entry) for key, entry in stored.items() if key not in ("class", "grid", "data")}
-    run = Run(**{name: flat.pop(name) for name in RUN_SETTINGS})
+    run = Run(**{name: flat.pop(name) for name in RUN_SETTINGS if name in flat})
     return Settings(run, Execution(**flat))
 
 
