@@ -8,6 +8,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from runners.config.hydra_internals import launch, parse_arguments, run_here
 from runners.config.settings import Settings
 from runners.console import console
 from runners.errors import FAILED, INTERRUPTED, WRONG_INPUT, InputError
-from runners.results.metrics import OPEN, RELATIVE_ERROR, Reason, Status
+from runners.results.metrics import BITS_PER_WEIGHT, OPEN, RELATIVE_ERROR, TASKS_LEFT, Reason, Status
 from runners.results.run_log import RUN_LOG
 from runners.results.studies import remember
 from runners.results.tables import cells_table, command_text, failure_text, next_steps, results_table
@@ -100,6 +101,8 @@ def _run(command: CommandLine, multirun: bool) -> None:
         _list(cells, is_here)
         return
     remember(command.cells[0].study_folder)
+    with nullcontext() if multirun else suppress(InputError, OSError):  # what is done needs no place for a list
+        register_cells(command.cells, command.words, multirun)
     if multirun:
         _run_sweep(command)
     else:
@@ -140,7 +143,6 @@ def _enter(folder: Path) -> None:
 
 def _run_sweep(command: CommandLine) -> None:
     cells = command.cells
-    register_cells(cells)
     skipped = {cell.folder for cell in cells if not (cell.execution.force or cell.execution.retry_failed)}
     failed_before = sum(_has_failed(read_status(folder)) for folder in skipped)
     try:
@@ -224,7 +226,7 @@ def _summarize(cells: list[Settings], left_alone: int, words: Sequence[str]) -> 
     references = {reference.folder: reference for reference in needed if reference.folder not in asked}
     described = describe_cells([*references.values(), *cells])  # at once, so that models of one name are told apart
     others, rows = described[: len(references)], described[len(references) :]
-    console.print(results_table([*(row for row in others if row["status"] == Status.DONE), *rows]))
+    console.print(results_table([*(row for row in others if BITS_PER_WEIGHT in row), *rows]))
     rows += [row for row in others if row["status"] in (Status.FAILED, Status.UNFINISHED, Status.INTERRUPTED)]
     failed = [row for row in rows if _has_failed(row)]
     damaged = [row for row in rows if row.get("reason") == Reason.DAMAGED]
@@ -242,11 +244,14 @@ def _summarize(cells: list[Settings], left_alone: int, words: Sequence[str]) -> 
         console.print(
             f"{len(unfinished)} of {len(rows)} cells have not ended: the same command again goes on with them"
         )
+    if left := [row for row in described if TASKS_LEFT in row]:
+        console.print(
+            f"{len(left)} cells lack zero-shot tasks that memory ran out for: the same command tries these again"
+        )
     studies = sorted({cell.study_folder for cell in cells})
-    analysis = [f"python -m analysis {shlex.quote(str(folder))}" for folder in studies]
-    again = (
-        [command_text(words, *["retry_failed=true"] * bool(failed), sweep=True)] if failed or unfinished else analysis
-    )
+    again = [f"python -m analysis {shlex.quote(str(folder))}" for folder in studies]
+    if failed or unfinished or left:
+        again = [command_text(words, *["retry_failed=true"] * bool(failed), sweep=True)]
     console.print("\nnext      " + "\n          ".join(again), highlight=False, soft_wrap=True)
     if failed or unfinished or damaged:
         raise SystemExit(FAILED)

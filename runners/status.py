@@ -1,18 +1,32 @@
 """`python -m runners.status study=tiny`: how far a study has come, on any machine that sees its folder."""
 
-import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 from runners.arguments import start
-from runners.console import console, duration
+from runners.console import console
 from runners.errors import InputError, known_names
 from runners.project import results_folder
-from runners.results.metrics import EVALUATE_SECONDS, METRICS, OPEN, QUANTIZE_SECONDS, Reason, Status, model_words
+from runners.results.metrics import (
+    CALIBRATION_BOS,
+    COMMAND,
+    METRICS,
+    OPEN,
+    REFERENCE,
+    TASKS_LEFT,
+    Reason,
+    Status,
+    bits_words,
+    model_words,
+)
 from runners.results.progress import PROGRESS
 from runners.results.studies import chosen_study
-from runners.results.tables import cell_counts, cells_table
+from runners.results.tables import cell_counts, cells_table, command_text
 from runners.sweeps.cells import read_status, registered_cells
+from runners.sweeps.time_left import time_left
+
+NAMED = 4  # methods that are named with each place of BOS; the others are counted
 
 
 def main(
@@ -23,12 +37,15 @@ def main(
     results = results or results_folder()
     study = chosen_study(study, results)
     rows = cells(results / study)
-    if not_done := [row for row in rows if row["status"] != Status.DONE]:
+    if not_done := [row for row in rows if row["status"] != Status.DONE or TASKS_LEFT in row]:
         console.print(cells_table(not_done), soft_wrap=False)
         for row in not_done:
             if row.get("reason") == Reason.DAMAGED:  # on a line of its own: the table breaks the file's name
                 console.print(row["error"], highlight=False, soft_wrap=True)
-    console.print(f"{results / study}: {cell_counts(rows)}; {time_left(rows)}", highlight=False, soft_wrap=True)
+    for line in [*bos_words(rows), f"{results / study}: {cell_counts(rows)}; {time_left(rows)}"]:
+        console.print(line, highlight=False, soft_wrap=True)
+    if commands := next_commands(rows):
+        console.print("\nnext      " + "\n          ".join(commands), highlight=False, soft_wrap=True)
 
 
 def cells(study: Path) -> list[dict[str, Any]]:
@@ -47,35 +64,41 @@ def cells(study: Path) -> list[dict[str, Any]]:
     return [row | {"model": model} for row, model in zip(rows, model_words(rows), strict=True)]
 
 
-def time_left(rows: list[dict[str, Any]]) -> str:
-    """The time that the open cells will take, as a sentence.
-
-    A cell is taken to last as long as the mean done cell of its method; where no cell of that method is done, as the mean of
-    all done cells.
-    """
-    waiting = [row for row in rows if row["status"] in (*OPEN, Status.RUNNING)]
-    if not waiting:
-        return "nothing is left to do"
-    done = [(row["method"], seconds(row)) for row in rows if row["status"] == Status.DONE]
-    if not done:
-        return "time left: unknown until a cell is done"
-    left = 0.0
-    for row in waiting:
-        similar = [taken for method, taken in done if method == row["method"]] or [taken for _, taken in done]
-        left += max(0.0, sum(similar) / len(similar) - _elapsed(row))
-    workers = max(1, sum(row["status"] == Status.RUNNING for row in rows))
-    return f"about {duration(left / workers)} left with {workers} worker{'s' * (workers > 1)}"
+def next_commands(rows: list[dict[str, Any]]) -> list[str]:
+    """The commands that go on with what is left or has failed, as they were typed; of older lists of cells nobody knows."""
+    failed: dict[tuple[str, ...], bool] = {}  # by the words of a command, whether a cell of it has failed
+    for row in rows:
+        has_failed = row["status"] == Status.FAILED and row.get("reason") != Reason.DAMAGED
+        if COMMAND in row and (has_failed or row["status"] in OPEN or TASKS_LEFT in row):
+            command = tuple(row[COMMAND])
+            failed[command] = failed.get(command, False) or has_failed
+    return [_command(list(words), has_failed) for words, has_failed in failed.items()]
 
 
-def seconds(row: dict[str, Any]) -> float:
-    """The seconds that a done cell took for quantization and evaluation."""
-    return row.get(QUANTIZE_SECONDS, 0.0) + row.get(EVALUATE_SECONDS, 0.0)
+def _command(words: list[str], has_failed: bool) -> str:
+    sweep = words[:1] == ["-m"]  # a single run runs again what has failed without further words
+    again = ["retry_failed=true"] * (has_failed and sweep)
+    return command_text(words[1:] if sweep else words, *again, sweep=sweep)
 
 
-def _elapsed(row: dict[str, Any]) -> float:
-    """Seconds since a running cell started; 0 for a cell that waits."""
-    progress = row.get("progress")
-    return time.time() - progress["started"] if progress else 0.0
+def bos_words(rows: list[dict[str, Any]]) -> list[str]:
+    """For every model whose runs were calibrated with BOS at different places: which runs had it where."""
+    found: dict[str, dict[str, dict[str, None]]] = {}
+    for row in rows:
+        if CALIBRATION_BOS in row and row["method"] != REFERENCE:
+            names = found.setdefault(row["model"], {}).setdefault(row[CALIBRATION_BOS], {})
+            names[f"{row['method']} {bits_words(row['bits'])}"] = None
+    return [
+        f"{model}: calibration.bos differs: {'; '.join(f'{bos} in {_some(names)}' for bos, names in places.items())}"
+        for model, places in found.items()
+        if len(places) > 1
+    ]
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def _from_name(name: str) -> dict[str, Any]:

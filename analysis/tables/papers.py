@@ -22,6 +22,7 @@ from runners.results.metrics import (
     KL_FLOOR,
     MEASURED_HOW,
     agreement,
+    floor_words,
     names,
     ppl,
     stores_far_more,
@@ -127,8 +128,8 @@ def _noise_floors(rows: list[Row], summary: list[Row], metric: Metric) -> list[s
     if metric.key not in (agreement(text, "kl") for text in texts):
         return []
     key, shown = agreement(texts[0], KL_FLOOR), {row["model"] for row in rows}
-    floors = [f"{row['model']} {row[key]:.1e}" for row in summary if key in row and row["model"] in shown]
-    return [f"Noise floor, below which a difference is none: {', '.join(floors)}".replace(" -", " −")] * bool(floors)
+    floors = [f"{row['model']} {floor_words(row[key])}" for row in summary if key in row and row["model"] in shown]
+    return [f"Noise floor, below which a difference is none: {'; '.join(floors)}"] * bool(floors)
 
 
 def _entry(row: Row, metric: Metric, bold: set[SeriesText], published: list[Row], sources: list[str]) -> Entry:

@@ -23,12 +23,11 @@ from runners.models.blocks import InMemoryModel, replace_weights
 from runners.models.checkpoint import Checkpoint, Model, load
 from runners.models.memory import out_of_memory
 from runners.quantization.finished_blocks import FinishedBlocks
-from runners.results.metrics import skipped, zero_shot
+from runners.results.metrics import OUT_OF_MEMORY, skipped, zero_shot
 
 # Of the bootstrap, for standard errors without a closed form (perplexities). lm-eval's default of 100,000 takes 2 seconds
 # per task; with 1,000 the standard error is itself uncertain by 2 % (1 / sqrt(2 * 1000)), enough for what tables show.
 RESAMPLES = 1000
-OUT_OF_MEMORY = "lm-eval needs the whole model in memory, which ran out: take a larger machine, or batch_size=1"
 
 log = logging.getLogger(__name__)
 

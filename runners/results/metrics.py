@@ -62,6 +62,7 @@ QUANTIZE_MEMORY = "quantize/peak_memory_gb"
 EVALUATE_SECONDS = "evaluate/seconds"
 EVALUATE_MEMORY = "evaluate/peak_memory_gb"
 ZERO_SHOT_SECONDS = "zero_shot/seconds"
+RUN_SECONDS = "run/seconds"  # of the process that ended the run, from its beginning; absent from older results
 ZERO_SHOT_MEMORY = "zero_shot/peak_memory_gb"  # absent from older results
 ZERO_SHOT_BATCH_SIZE = (
     "zero_shot/batch_size"  # sequences of full length at once: it decides the order of sums, so near ties
@@ -141,6 +142,16 @@ KL_FLOOR, TOP1_FLOOR = (
 )  # the unquantized model against itself, rounded once more in every block
 
 
+KL_RESOLUTION = 1e-7  # nats: of sums of float32 log-probabilities, each of which is known to about 1e-7 of itself
+
+
+def floor_words(floor: float) -> str:
+    """A noise floor of the KL divergence, which is never negative: what is measured below the resolution is rounding."""
+    if abs(floor) < KL_RESOLUTION:
+        return f"below {KL_RESOLUTION:.0e}, all that float32 resolves"
+    return f"{floor:.1e}"
+
+
 def confidence_kl(bucket: int) -> str:
     """The measure: mean KL of the tokens in a bucket of confidence, `kl_confidence_20_40`."""
     return f"kl_confidence_{_edges(bucket)}"
@@ -165,6 +176,20 @@ def skipped(name: str) -> str:
     return f"skipped/{name}"
 
 
+# Why a zero-shot task was not measured, where another try may well go better; other reasons stay what they are.
+OUT_OF_MEMORY = "lm-eval needs the whole model in memory, which ran out: take a larger machine, or batch_size=1"
+
+
+def tasks_without_memory(metrics: Mapping[str, Any]) -> list[str]:
+    """The zero-shot tasks of a run that were skipped because memory ran out."""
+    return [name for name in names(metrics, "skipped") if metrics[skipped(name)] == OUT_OF_MEMORY]
+
+
+# Beside metrics in the row of a cell, never in `metrics.json`:
+TASKS_LEFT = "tasks_left"  # which zero-shot tasks of a run that is done the same command tries again, in words
+COMMAND = "command"  # that asked for the cell last: the words after `python run.py`
+
+
 def warning(kind: str) -> str:
     """How often something did not go as asked, summed over the layers."""
     return f"warnings/{kind}"
@@ -173,6 +198,19 @@ def warning(kind: str) -> str:
 def phase_seconds(phase: str) -> str:
     """Seconds of the quantization that a phase took: `calibrate`, `solve` or `propagate`."""
     return f"quantize/{phase}_seconds"
+
+
+# The calibration's part of the seconds of quantization: the calibration sequences go through each decoder block, to record
+# the inputs of its layers, and once more through the quantized block, to become the inputs of the next.
+CALIBRATION_PHASES = ("calibrate", "propagate")
+CALIBRATION_SECONDS_WORDS = "of them calibration"
+
+
+def calibration_seconds(metrics: Mapping[Any, Any]) -> float | None:
+    """How many of the seconds of quantization the calibration took; None where that was not measured."""
+    known = [_present(metrics.get(phase_seconds(phase))) for phase in CALIBRATION_PHASES]
+    found = [float(seconds) for seconds in known if seconds is not None]
+    return sum(found) if found else None
 
 
 def keys_of(keys: Iterable[Any], family: str) -> list[str]:
@@ -328,7 +366,7 @@ def _present(value: Any) -> Any:
 
 # What the validator asks of a value, by its key or by the beginning of its key.
 _COUNTS = ("bits", "group_size", "seed", "parameters")
-_NUMBERS = (BITS_PER_WEIGHT, BITS_PER_PARAMETER, OUTLIER_RATIO)
+_NUMBERS = (BITS_PER_WEIGHT, BITS_PER_PARAMETER, OUTLIER_RATIO, RUN_SECONDS)
 _MEASURED = ("ppl/", "windows/", "layers/", "quantize/", "evaluate/", "warnings/", "agreement/", "zero_shot/")
 _NOT_MEASURED = ("/version", "/sha256")  # endings of keys that tell how something was measured
 _TEXTS = (

@@ -45,6 +45,7 @@ class Progress:
     @stage.setter
     def stage(self, name: str) -> None:
         self._stage = name
+        self._stage_started = time.time()
         self._steps: dict[str, Any] = {}
         self._write()
 
@@ -79,7 +80,8 @@ class Progress:
                 self._write()
 
     def _content(self) -> dict[str, Any]:
-        return self._owner | {"stage": self._stage, **self._steps, "updated": time.time()}
+        stage = {"stage": self._stage, "stage_started": self._stage_started}
+        return self._owner | stage | self._steps | {"updated": time.time()}
 
     def _write(self) -> None:
         # A full disk must not end a run here: the same error comes, with its sentence, where a result is written.

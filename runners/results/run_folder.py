@@ -6,7 +6,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from omegaconf import OmegaConf
 
 from runners.errors import InputError
 from runners.results.layers import LayerRecord
-from runners.results.metrics import METRICS, Reason, Status, sealed_text
+from runners.results.metrics import METRICS, REFERENCE, Reason, Status, sealed_text, tasks_without_memory
 from runners.results.seal import SEALED, facts_of_files, read_run
 from runners.storage.files import write
 from runners.storage.locks import file_lock
 
 LOCK = ".lock"  # in a run's folder; held by the process that works on the run, and released by the kernel when it dies
+KEPT_BLOCKS = "checkpoint/identity.json"  # there as long as the finished blocks of a run are
 LOCK_SECONDS = 1.0  # to wait for the lock: `is_running` holds it for a moment, and must not keep a run from starting
 
 
@@ -53,7 +54,8 @@ class RunFolder:
         """The metrics of a run that is not to be run again; None where it is.
 
         Done and unsupported runs are kept, failed ones unless `retry_failed`. An interrupted run is never kept: nothing is
-        wrong with it, and its finished blocks are on disk.
+        wrong with it, and its finished blocks are on disk. Nor is one that is done but for `tasks_left`: these are tried
+        again, and its result stands meanwhile.
 
         Raises:
             InputError: as for `metrics`.
@@ -61,7 +63,12 @@ class RunFolder:
         metrics = None if force else self.metrics()
         if metrics is not None and metrics["status"] == Status.FAILED:
             return None if retry_failed or metrics.get("reason") == Reason.INTERRUPTED else metrics
-        return metrics
+        return None if metrics is not None and self.tasks_left(metrics) else metrics
+
+    def tasks_left(self, metrics: Mapping[str, Any]) -> list[str]:
+        """The zero-shot tasks that a run that is done can try again: memory ran out, and its quantized weights are kept."""
+        is_kept = metrics["method"] == REFERENCE or (self.path / KEPT_BLOCKS).exists()
+        return tasks_without_memory(metrics) if metrics["status"] == Status.DONE and is_kept else []
 
     def is_to_run(self, force: bool, retry_failed: bool) -> bool:
         """Whether a run would run now. One that is damaged would not: it is refused."""

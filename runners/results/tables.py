@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from rich import box
@@ -20,6 +21,7 @@ Run = Mapping[str, Any]  # the metrics of a run; of a cell that has not ended, i
 ESTIMATES = ("time", "memory", "disk")  # of a cell that is still to be run, in words
 BASIS = "basis"  # where they come from
 RAISED_DAMPING = "†"
+TRIES_AGAIN = "what memory ran out for, the same command tries again"
 DEFAULT_GRIDS = ("", PER_CHANNEL, OWN_GRID)  # need no column
 
 
@@ -67,7 +69,7 @@ def cells_table(cells: Sequence[Run], notes: Sequence[str] = ()) -> Group:
         style = {Status.FAILED: "red", Status.MISSING: "dim"}.get(status)
         texts = {name: str(cell.get(name, "")) for name in names} | {"bits": _bits(cell), "state": status}
         detail = "" if status in (Status.DONE, Status.MISSING) else str(cell["error"])
-        texts[""] = "; ".join(part for part in (detail, cell.get(BASIS)) if part)
+        texts[""] = "; ".join(part for part in (detail, cell.get(metrics.TASKS_LEFT), cell.get(BASIS)) if part)
         table.add_row(*(texts[name] for name in names), style=style)
     lines = [Text(note) for note in notes] + ([Text("")] if notes else [])
     return Group(table, *lines, Text(cell_counts(cells)))
@@ -91,11 +93,13 @@ def next_steps(run: Run, words: Sequence[str]) -> str:
         words: the settings that the run was asked for, as they were typed: the next command has them, too.
     """
     tracked = f"\ntracked   {run['tracker']}" if run["tracker"] else ""
-    hub = [] if _sets(words, "model") else ["python run.py model=opt-125m            (needs the model hub)"]
+    places = [word for word in words if _sets([word], "results") or _sets([word], "study")]
+    hub = [f"{command_text(places, 'model=opt-125m')}            (needs the model hub)"]
     steps = [
         command_text(words, "method=rtn,gptq,quantease", "bits=2,3,4", sweep=True),
         command_text(words, "method=gptq_quantease", "group_size=64"),
-        *hub,
+        *([] if _sets(words, "model") else hub),
+        f"python -m analysis {shlex.quote(str(Path(run['folder']).parents[1]))}",
         "python run.py --help",
     ]
     return f"\nresults   {run['folder']}{tracked}\n\nnext      " + "\n          ".join(steps)
@@ -130,6 +134,7 @@ def _columns(runs: Sequence[Run]) -> list[Column]:
         *(_accuracy(task) for task in _zero_shot_tasks(runs, "acc")),
         _number("layer\nerror", metrics.RELATIVE_ERROR, ".2e", of_quantization=True),
         _number("seconds", metrics.QUANTIZE_SECONDS, ".1f", of_quantization=True),
+        Column(metrics.CALIBRATION_SECONDS_WORDS.replace(" c", "\nc"), _calibration_seconds),
         Column("memory", _memory),
         *([Column("status", lambda run: run["status"], "left")] if any_not_done else []),
     ]
@@ -171,6 +176,11 @@ def _stored_bits(run: Run) -> str:
 def _setting(run: Run) -> str:
     """What distinguishes a run: from the others of its sweep if that is known, else by its grid and order of columns."""
     return run["setting"] if "setting" in run else grid_words(run)
+
+
+def _calibration_seconds(run: Run) -> str:
+    seconds = metrics.calibration_seconds(run)
+    return "" if seconds is None else f"{seconds:.1f}"
 
 
 def _memory(run: Run) -> str:
@@ -254,14 +264,15 @@ def _far_more_bits(runs: Sequence[Run]) -> list[str]:
 
 def _not_measured(runs: Sequence[Run]) -> list[str]:
     skipped = _names(runs, "skipped")
-    return [f"not measured: {', '.join(skipped)} (why: skipped/ in metrics.json)"] if skipped else []
+    words = [f"not measured: {', '.join(skipped)} (why: skipped/ in metrics.json)"] if skipped else []
+    return words + [TRIES_AGAIN] * any(metrics.tasks_without_memory(run) for run in runs)
 
 
 def _warnings(runs: Sequence[Run]) -> list[str]:
     """What makes the numbers doubtful: no BOS where the model needs it, differences in KL below the noise floor."""
     found = [warning for run in runs if (warning := metrics.bos_warning(run))]
     floors = {
-        f"noise floor of the KL on {text}: {run[key]:.1e}, a smaller difference is none"
+        f"noise floor of the KL on {text}: {metrics.floor_words(run[key])}; a smaller difference is none"
         for run in runs
         for text in metrics.names(run, "ppl")
         if (key := metrics.agreement(text, metrics.KL_FLOOR)) in run

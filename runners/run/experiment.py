@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,6 @@ import torch
 from quantease.layer import Unsupported
 from runners.config.settings import Settings
 from runners.errors import InputError, NoRoom
-from runners.quantization.finished_blocks import delete_finished_blocks
 from runners.results.layers import LayerRecord, refuse_warnings, ruled_by_few_tokens
 from runners.results.metrics import (
     CALIBRATION,
@@ -24,6 +24,7 @@ from runners.results.metrics import (
     MODEL_NOTE,
     MODEL_PATH,
     QUANTIZATION,
+    RUN_SECONDS,
     TOKEN_WEIGHTS,
     UNCALIBRATED,
     Reason,
@@ -31,21 +32,23 @@ from runners.results.metrics import (
     bits_words,
     bos_warning,
     group_words,
+    tasks_without_memory,
 )
-from runners.results.progress import Progress, owner_words, read_progress, remove_progress
+from runners.results.progress import Progress, owner_words, read_progress
 from runners.results.run_folder import RunFolder
 from runners.results.run_log import run_log
+from runners.run.ending import clear_leftovers, end_run
 from runners.run.environment import bug_report
-from runners.run.kept_codes import alone_with, keep, take_over
+from runners.run.kept_codes import alone_with, take_over
 from runners.run.preflight import RunInputs, preflight, run_environment
 from runners.run.stages import Stages
+from runners.run.tasks_left import ZERO_SHOT, try_tasks_again
 from runners.run.walk import walk_rounding
 from runners.storage.files import check_writable, is_of_disk
 from runners.tracking.tracker import RunTracker, track
 
 log = logging.getLogger(__name__)
 
-CLEARING = "clear"  # the stage in which the metrics are written and the finished blocks deleted
 INTERRUPTED = "interrupted {where}: the same command again goes on with it"
 
 
@@ -72,10 +75,12 @@ def run_experiment(settings: Settings, on_cell: Callable[[dict[str, Any]], None]
         return [metrics]
     if on_cell is not None and metrics["status"] == Status.DONE and _is_open(reference):
         on_cell(metrics)
-    return [run_cell(reference, is_asked_for=False), metrics]
+    # Where memory is short for the cell's own tasks, it is for the reference's: not every cell is to find that out again.
+    is_short = bool(tasks_without_memory(metrics))
+    return [run_cell(reference, is_asked_for=False, tries_tasks=not is_short), metrics]
 
 
-def run_cell(settings: Settings, is_asked_for: bool = True) -> dict[str, Any]:
+def run_cell(settings: Settings, is_asked_for: bool = True, tries_tasks: bool = True) -> dict[str, Any]:
     """Run one cell of a study, unless its metrics are on disk.
 
     An exception becomes metrics with the status `failed`; only an interrupt is raised again, after its metrics are written.
@@ -83,14 +88,15 @@ def run_cell(settings: Settings, is_asked_for: bool = True) -> dict[str, Any]:
     Args:
         is_asked_for: the user has named this cell. If another process works on it, metrics of the status `running` come back
             at once. A reference that only the table needs is waited for.
+        tries_tasks: whether a run that is done but for zero-shot tasks that memory was short for tries these again.
 
     Raises:
         InputError: the run's folder cannot be read or written, so there is no place for metrics; or a finished run is to be
             run again with inputs that cannot work, and its result is kept.
     """
     folder = RunFolder(settings.folder)
-    if (ended := folder.metrics_to_keep(settings.execution.force, settings.execution.retry_failed)) is not None:
-        _clear_leftovers(folder)
+    if (ended := _ended(settings, folder, tries_tasks)) is not None:
+        clear_leftovers(folder)
         return _skip(settings, ended, is_asked_for)
     check_writable(folder.path)
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -101,8 +107,10 @@ def run_cell(settings: Settings, is_asked_for: bool = True) -> dict[str, Any]:
             error = f"{owner_words(read_progress(folder.path))}, works on it"
             return _labels(settings) | {"status": Status.RUNNING.value, "error": error, "folder": str(folder.path)}
         # Again, now under the lock: the process that held it until now may have ended the run.
-        if (ended := folder.metrics_to_keep(settings.execution.force, settings.execution.retry_failed)) is not None:
+        if (ended := _ended(settings, folder, tries_tasks)) is not None:
             return _skip(settings, ended, is_asked_for)
+        if (done := _done_but_for_tasks(settings, folder)) is not None:
+            return try_tasks_again(settings, folder, done)
         # Checked before the result that stands is removed: force=true with a file that is gone must not cost it.
         inputs = preflight(settings) if _has_result(folder) else None
         folder.clear_result()
@@ -115,24 +123,23 @@ def _is_open(settings: Settings) -> bool:
     return RunFolder(settings.folder).metrics_to_keep(execution.force, execution.retry_failed) is None
 
 
+def _ended(settings: Settings, folder: RunFolder, tries_tasks: bool) -> dict[str, Any] | None:
+    """The metrics of a run of which nothing is to be run; None where something is."""
+    kept = folder.metrics_to_keep(settings.execution.force, settings.execution.retry_failed)
+    return _done_but_for_tasks(settings, folder) if kept is None and not tries_tasks else kept
+
+
+def _done_but_for_tasks(settings: Settings, folder: RunFolder) -> dict[str, Any] | None:
+    metrics = None if settings.execution.force else folder.metrics()
+    return metrics if metrics is not None and folder.tasks_left(metrics) else None
+
+
 def _has_result(folder: RunFolder) -> bool:
     try:
         metrics = folder.metrics()
     except InputError:  # damaged: nothing to keep
         return False
     return metrics is not None and metrics["status"] == Status.DONE
-
-
-def _clear_leftovers(folder: RunFolder) -> None:
-    """Finish what a kill has cut off after the metrics were written: `_run` deletes the finished blocks and the progress."""
-    if read_progress(folder.path) is None:
-        return
-    with folder.lock(wait=False) as is_mine:
-        progress = read_progress(folder.path)
-        if is_mine and progress is not None and folder.metrics() is not None:
-            if progress["stage"] == CLEARING:  # else they are to be kept
-                delete_finished_blocks(folder.path)
-            remove_progress(folder.path)
 
 
 def _skip(settings: Settings, metrics: dict[str, Any], is_asked_for: bool) -> dict[str, Any]:
@@ -146,18 +153,16 @@ def _skip(settings: Settings, metrics: dict[str, Any], is_asked_for: bool) -> di
 def _run(settings: Settings, folder: RunFolder, inputs: RunInputs | None) -> dict[str, Any]:
     """Run under the run's lock, and write what came of it.
 
-    The order at the end is what makes a kill at any moment harmless: the metrics are written first, then the finished blocks
-    are deleted, which a run without metrics would continue from, and at last the progress, the trace of an unrecorded death.
-
     Args:
         inputs: None if they are still to be checked; what is wrong with them is then recorded.
     """
-    progress, interrupt = Progress(folder.path), None
+    progress, interrupt, start = Progress(folder.path), None, time.monotonic()
     with run_log(folder.path) as add, track(settings, folder.path) as tracker:
         add(f"begins    {settings.run_name} of study {settings.execution.study}\n{bug_report()}")
         try:
             with progress.follow_bars():
                 metrics = _measure(settings, folder, inputs, progress, tracker)
+                metrics[RUN_SECONDS] = time.monotonic() - start
         except Exception as error:
             metrics = _interruption(settings, error, progress) or _failure(error, progress)
         except KeyboardInterrupt as raised:  # held back until everything is written
@@ -167,13 +172,7 @@ def _run(settings: Settings, folder: RunFolder, inputs: RunInputs | None) -> dic
         metrics = _labels(settings) | metrics
         add(_last_lines(metrics))
         tracker.finish(metrics, progress.records)
-    is_to_be_cleared = metrics["status"] == Status.DONE and not keep(settings)
-    if is_to_be_cleared:
-        progress.stage = CLEARING
-    folder.write_metrics(metrics)
-    if is_to_be_cleared:
-        delete_finished_blocks(folder.path)
-    remove_progress(folder.path)
+    end_run(settings, folder, metrics, progress)
     if interrupt is not None:
         raise interrupt
     return metrics | {"folder": str(folder.path), "tracker": tracker.where}
@@ -217,7 +216,7 @@ def _measure(
     if warning := bos_warning(evaluated):
         log.warning("%s", warning)
     folder.write_windows(windows)
-    progress.stage = "zero-shot"
+    progress.stage = ZERO_SHOT
     return metrics | evaluated | stages.zero_shot() | stages.resources()
 
 

@@ -13,7 +13,9 @@ from runners.errors import InputError
 from runners.results.metrics import (
     CALIBRATION,
     CALIBRATION_NAME,
+    COMMAND,
     MODEL_PATH,
+    TASKS_LEFT,
     UNCALIBRATED,
     Reason,
     Status,
@@ -60,20 +62,25 @@ def read_status(folder: Path) -> dict[str, Any]:
     """How far the run in a folder has come.
 
     Returns:
-        The run's metrics if it has ended. Else `status`, which is `running`, `unfinished` (finished blocks are on disk),
-        `interrupted` or `missing`; `error`, which tells more; and of a running one `progress`.
+        The run's metrics if it has ended, and TASKS_LEFT where it is done but for these. Else `status`, which is `running`,
+        `unfinished` (finished blocks are on disk), `interrupted` or `missing`; `error`, which tells more; and of a running
+        one `progress`, beside its metrics if it has a result meanwhile.
     """
     run = RunFolder(folder)
     try:
         metrics = run.metrics()
     except InputError as error:
         return {"status": Status.FAILED, "reason": Reason.DAMAGED, "error": str(error)}
-    if metrics is not None and metrics.get("reason") != Reason.INTERRUPTED:
+    left = [] if metrics is None else run.tasks_left(metrics)
+    if metrics is not None and metrics.get("reason") != Reason.INTERRUPTED and not left:
         return metrics
     progress = read_progress(folder)
     if run.is_running():  # before all that follows: what it has left on disk is not final
         stage = "" if progress is None else f"{progress_words(progress).removeprefix('during ')}; "
-        return {"status": Status.RUNNING, "error": stage + owner_words(progress), "progress": progress}
+        running = {"status": Status.RUNNING, "error": stage + owner_words(progress), "progress": progress}
+        return (metrics or {} if left else {}) | running
+    if metrics is not None and left:
+        return metrics | {TASKS_LEFT: f"not measured, as memory ran out: {', '.join(left)}"}
     return _status_of_unended(folder, _last_words(metrics, progress))
 
 
@@ -91,17 +98,26 @@ def _status_of_unended(folder: Path, last: str) -> dict[str, Any]:
     return {"status": Status.INTERRUPTED if last else Status.MISSING, "error": last or "it did not run"}
 
 
-def register_cells(cells: Sequence[Settings]) -> None:
-    """Add the cells of a sweep, references included, to the list of their study, so that missing ones can be told."""
+def register_cells(cells: Sequence[Settings], words: Sequence[str] = (), multirun: bool = True) -> None:
+    """Add the cells of a command, references included, to the list of their study, so that missing ones can be told.
+
+    Args:
+        words: the settings of the command as they were typed: what is to be given again to go on with a cell.
+        multirun: whether the command is a sweep's.
+    """
+    command = [*(["-m"] if multirun else []), *words]
     for study in {cell.study_folder for cell in cells}:
         mine = [cell for cell in cells if cell.study_folder == study]
         references = {cell.reference().folder: cell.reference() for cell in mine if cell.run.quantizes}
         labels = _labels(list((references | {cell.folder: cell for cell in mine}).values()))
-        named = {folder.relative_to(study).as_posix(): label for folder, label in labels.items()}
+        named = {folder.relative_to(study).as_posix(): label | {COMMAND: command} for folder, label in labels.items()}
         # Sweeps of one study may start at the same time: without the lock one could overwrite what another has added.
         study.mkdir(parents=True, exist_ok=True)
         with file_lock(study / f".{CELLS}.lock", -1):
-            write(study / CELLS, json.dumps(registered_cells(study) | named, indent=1) + "\n")
+            before = registered_cells(study)
+            for name, label in named.items():  # alone a cell has no peers, and so no words that tell it from them
+                label["setting"] = label["setting"] or before.get(name, label).get("setting", "")
+            write(study / CELLS, json.dumps(before | named, indent=1) + "\n")
 
 
 def registered_cells(study: Path) -> dict[str, dict[str, Any]]:
@@ -161,9 +177,9 @@ def _labels(cells: Sequence[Settings]) -> dict[Path, dict[str, Any]]:
 
 
 def _label(cell: Settings, setting: str) -> dict[str, Any]:
-    bits = {"bits": cell.run.bits} if cell.run.quantizes else {}
+    grid = {"bits": cell.run.bits, "group_size": cell.run.group_size} if cell.run.quantizes else {}
     model = {"model": cell.run.model.name, MODEL_PATH: cell.run.model_path}
-    return {"method": cell.run.method.name, **model, **bits, "setting": setting}
+    return {"method": cell.run.method.name, **model, **grid, "setting": setting, "series": cell.series}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -221,8 +221,11 @@ def _stop_and_record(settings: Settings, process: BaseProcess, reason: Reason, e
     """
     # Both before the process is stopped: when it leaves in order it removes its progress, and writes metrics of its own.
     cell, progress = _at_work(settings, process)
-    had_ended = RunFolder(cell.folder).metrics() is not None
+    folder = RunFolder(cell.folder)
+    had_ended = (ended := folder.metrics()) is not None
     _stop(process)
+    if ended is not None and folder.tasks_left(ended):  # its result stands
+        log.error("error: %s: %s", cell.run_name, error.format(where=progress_words(progress)))
     written = None if had_ended else _record_death(cell, progress, reason, error)
     if written is not None and cell is not settings:  # the caller sees the cell's metrics, but not the reference's
         log.error("error: %s: %s", cell.run_name, written["error"])

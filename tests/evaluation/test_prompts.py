@@ -18,8 +18,9 @@ from runners.evaluation import tasks
 from runners.evaluation.lm_eval_model import LmEvalEncoder, LmEvalModel
 from runners.evaluation.prompts import CheckedTasks, check_prompts
 from runners.evaluation.tasks import ReadyTask, prepare_tasks
-from runners.evaluation.zero_shot import OUT_OF_MEMORY, measure_tasks
+from runners.evaluation.zero_shot import measure_tasks
 from runners.results import metrics as schema
+from runners.results.metrics import OUT_OF_MEMORY
 from runners.run import stages
 from runners.run.experiment import run_experiment
 from tests.conftest import TOKENIZER, ToySettings

@@ -8,7 +8,7 @@ import pytest
 from runners import cli
 from runners.config.command_line import check
 from runners.console import console
-from runners.results.metrics import METRICS
+from runners.results.metrics import METRICS, OUT_OF_MEMORY, calibration_seconds
 from runners.results.run_folder import RunFolder
 from runners.results.tables import next_steps, results_table
 from runners.run.experiment import run_experiment
@@ -109,14 +109,46 @@ def test_a_sweep_that_has_not_ended_says_its_whole_command(
 def test_what_to_try_next_has_the_users_own_model_and_settings() -> None:
     run = {"folder": "results/runs/m/a", "tracker": None}
     typed = ["model=local", "model.path=/my models/m", "method=quantease", "method.num_iters=9", "bits=4", "seed=1"]
-    *_, sweep, other, shown = next_steps(run, typed).splitlines()
+    *_, sweep, other, table, shown = next_steps(run, typed).splitlines()
     mine = "model=local 'model.path=/my models/m'"
     assert sweep == f"next      python run.py -m method=rtn,gptq,quantease bits=2,3,4 {mine} seed=1"
     assert other.strip() == f"python run.py method=gptq_quantease group_size=64 {mine} bits=4 seed=1"
+    assert table.strip() == "python -m analysis results/runs"
     assert shown.strip() == "python run.py --help"
-    assert "model=opt-125m" in next_steps(run, ["bits=4"])
+    elsewhere = next_steps(run, ["bits=4", "results=/my results", "study=night"])
+    assert "python run.py model=opt-125m 'results=/my results' study=night  " in elsewhere
+    commands = [line for line in elsewhere.splitlines() if "run.py " in line and "--help" not in line]
+    assert all("'results=/my results' study=night" in line for line in commands)
     words = shlex.split(sweep)[4:]
     assert [cell.run.model.path for cell in check(words, multirun=True)] == ["/my models/m"] * 9
+
+
+def test_the_seconds_of_calibration_are_told_apart(toy_settings: ToySettings) -> None:
+    rows = run_experiment(toy_settings("method=gptq"))
+    reference, row = rows
+    parts = [row[f"quantize/{phase}_seconds"] for phase in ("calibrate", "propagate")]
+    assert calibration_seconds(row) == sum(parts) < row["quantize/seconds"]
+    assert calibration_seconds(reference) is None
+    long = {"quantize/seconds": 31.4, "quantize/calibrate_seconds": 20.0, "quantize/propagate_seconds": 2.5}
+    lines = printed(REFERENCE, ROUNDED | long)
+    assert "of them" in lines[0]
+    assert " 31.4 " in lines[-2]
+    assert " 22.5" in lines[-2]
+
+
+def test_a_noise_floor_that_float32_cannot_resolve_is_no_number() -> None:
+    floors = {"ppl/t": 9.0, "agreement/t/kl_floor": -8e-10}
+    assert "noise floor of the KL on t: below 1e-07, all that float32 resolves;" in " ".join(
+        printed(REFERENCE | floors)
+    )
+    floors["agreement/t/kl_floor"] = 1.63e-3
+    assert "noise floor of the KL on t: 1.6e-03; a smaller" in " ".join(printed(REFERENCE | floors))
+
+
+def test_tasks_that_memory_ran_out_for_are_work_left() -> None:
+    rows = printed(REFERENCE | {"skipped/piqa": OUT_OF_MEMORY})
+    assert "what memory ran out for, the same command tries again" in " ".join(rows)
+    assert "tries again" not in " ".join(printed(REFERENCE | {"skipped/piqa": "there is no piqa"}))
 
 
 def test_what_stores_far_more_than_its_bits_is_marked() -> None:

@@ -274,7 +274,7 @@ def test_experiments_are_swept_with_or_without_a_plus(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cells: list[Settings] = []
-    monkeypatch.setattr(cli, "register_cells", lambda _: None)
+    monkeypatch.setattr(cli, "register_cells", lambda *_: None)
     monkeypatch.setattr(cli, "_summarize", lambda found, *_: cells.extend(found))
     monkeypatch.setattr(cli, "launch", lambda _cfg, _job: None)
     monkeypatch.setattr(sys, "argv", ["run.py", "-m", name, "method=fp16,rtn", f"results={tmp_path}"])

@@ -145,7 +145,7 @@ def test_the_status_of_a_study(study: Path, capsys: pytest.CaptureFixture[str]) 
     assert "toy rtn 3 failed killed by SIGKILL" in lines
     assert "toy gptq 3 interrupted its process died during evaluate" in lines
     assert "toy rtn 5 missing" in lines
-    # 60 s for the missing one, nearly as many for the running one, and 600 s for the one that died.
+    # 60 s for the missing one, as many for the running one, and 600 s for the one that died.
     expected = "2 done, 1 running, 1 interrupted, 1 failed, 1 missing; about 12 min left with 1 worker"
     assert lines[-1] == f"{study}: {expected}"
 
@@ -168,15 +168,37 @@ def test_the_study_that_was_run_last_needs_no_name(study: Path, capsys: pytest.C
         assert chosen_study(None, results) == "tiny"
 
 
-def test_time_left() -> None:
-    done = [{"status": "done", "method": "rtn", "quantize/seconds": 100.0}, {"status": "done", "method": "fp16"}]
-    missing = {"status": "missing", "method": "rtn"}
-    running = {"status": "running", "method": "rtn", "progress": {"started": time.time() - 60}}
-    assert status.time_left(done) == "nothing is left to do"
-    assert status.time_left([missing]) == "time left: unknown until a cell is done"
-    assert status.time_left([*done, missing]) == "about 2 min left with 1 worker"
-    assert status.time_left([*done, *[missing] * 4, running, running]) == "about 4 min left with 2 workers"
-    assert status.time_left([*done, missing | {"method": "new"}]) == "about 50 s left with 1 worker"
+def test_a_study_says_which_command_goes_on_with_it(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = registered_cells(study)
+    sweep = ["-m", "method=rtn", "bits=2,3,4,5", "model.path=/a (b)"]
+    commands = {name: sweep if "rtn" in name else ["method=gptq", "study=night"] for name in listed}
+    labels = {name: label | {"command": commands[name]} for name, label in listed.items()}
+    (study / CELLS).write_text(json.dumps(labels))
+    start(status.main, words=[f"results={study.parent}", "study=night"])
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert first == "next      python run.py -m retry_failed=true method=rtn bits=2,3,4,5 'model.path=/a (b)'"
+    assert second == "          python run.py method=gptq study=night"
+
+
+def test_a_command_is_kept_with_its_cells(toy_settings: ToySettings) -> None:
+    cells = [toy_settings("method=rtn", f"seed={seed}") for seed in (0, 1)]
+    register_cells(cells, ["method=rtn", "seed=0,1"], multirun=True)
+    register_cells(cells[:1], ["method=rtn"], multirun=False)
+    listed = registered_cells(cells[0].study_folder)
+    rows = {row["setting"]: row for row in listed.values()}
+    assert rows["seed=0"]["command"] == ["method=rtn"]  # it was asked for alone since, and is still told apart
+    assert rows["seed=1"]["command"] == ["-m", "method=rtn", "seed=0,1"]
+    assert rows["seed=0"]["series"] == rows["seed=1"]["series"] == cells[0].series
+
+
+def test_where_bos_was_is_told_where_runs_differ(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"results={study.parent}", "study=night"]
+    end(study / "toy/rtn-2b-0", status="done", bits=2, **{"calibration/bos": "text"})
+    start(status.main, words=words)
+    assert "calibration.bos" not in capsys.readouterr().out
+    end(study / "toy/gptq-2b-0", method="gptq", status="done", bits=2, **{"calibration/bos": "window"})
+    start(status.main, words=words)
+    assert "toy: calibration.bos differs: text in rtn 2 bits; window in gptq 2 bits\n" in capsys.readouterr().out
 
 
 def test_a_study_without_a_list_shows_what_has_run(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
