@@ -112,6 +112,11 @@ def progress_words(progress: dict[str, Any]) -> str:
     return f"during {progress['stage']}{steps}"
 
 
+def share_done(progress: dict[str, Any]) -> float | None:
+    """Which share of the steps of its stage a run has done; None where the stage counts none."""
+    return progress["done"] / progress["total"] if progress.get("total") else None
+
+
 def owner_words(progress: dict[str, Any] | None) -> str:
     """For a sentence: `process 123 on HOST, since 12:30:01`."""
     if progress is None:

@@ -26,6 +26,7 @@ from runners.results.metrics import (
     ZERO_SHOT_SECONDS,
     Status,
 )
+from runners.results.progress import share_done
 
 Row = Mapping[str, Any]  # of a cell: its labels, and what `read_status` returns
 START = "start"  # all that is neither of the other stages: loading, data, writing
@@ -101,8 +102,8 @@ def remaining(row: Row, estimate: Estimate) -> float:
     if progress["stage"] == "clear":
         return 0.0
     later = sum(stages[name] for name in order[order.index(stage) + 1 :])
-    if "total" in progress and stage != "zero-shot":  # each task counts its own steps
-        return later + stages[stage] * max(0.0, 1 - progress["done"] / progress["total"])
+    if (share := share_done(progress)) is not None and stage != "zero-shot":  # each task counts its own steps
+        return later + stages[stage] * max(0.0, 1 - share)
     since = time.time() - progress.get("stage_started", progress["started"])
     return later + max(0.0, stages[stage] - max(0.0, since))
 
