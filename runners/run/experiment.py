@@ -37,9 +37,8 @@ from runners.results.metrics import (
 from runners.results.progress import Progress, owner_words, read_progress
 from runners.results.run_folder import RunFolder
 from runners.results.run_log import run_log
-from runners.run.ending import clear_leftovers, end_run
 from runners.run.environment import bug_report
-from runners.run.kept_codes import alone_with, take_over
+from runners.run.kept_codes import alone_with, clear_leftovers, end_run, take_over
 from runners.run.preflight import RunInputs, preflight, run_environment
 from runners.run.stages import Stages
 from runners.run.tasks_left import ZERO_SHOT, try_tasks_again

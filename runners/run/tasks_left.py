@@ -27,8 +27,8 @@ from runners.results.metrics import (
 from runners.results.progress import Progress, remove_progress
 from runners.results.run_folder import KEPT_BLOCKS, RunFolder
 from runners.results.run_log import run_log
-from runners.run.ending import end_run
 from runners.run.environment import bug_report
+from runners.run.kept_codes import end_run
 from runners.run.preflight import RunInputs, preflight
 from runners.run.stages import Stages
 from runners.tracking.tracker import track

@@ -42,7 +42,7 @@ ALIKE: tuple[
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CellSeconds:
     """The seconds of a cell by its stages.
 
     Attributes:
@@ -68,7 +68,7 @@ def time_left(rows: Sequence[Row]) -> str:
     return "; ".join([words, *_remarks(left, estimates, running)])
 
 
-def expected(row: Row, done: Sequence[Row]) -> Estimate | None:
+def expected(row: Row, done: Sequence[Row]) -> CellSeconds | None:
     """What a cell will take from its beginning; None where no done cell tells.
 
     Args:
@@ -85,11 +85,11 @@ def expected(row: Row, done: Sequence[Row]) -> Estimate | None:
                 stages["quantize"] = 0.0
             whole = [one for one in alike if TASKS_LEFT not in one]  # tasks that memory was short for took no time
             stages["zero-shot"] = fmean(_seconds(one)["zero-shot"] for one in whole) if whole else 0.0
-            return Estimate(stages, bool(labels) or row["method"] == REFERENCE)
+            return CellSeconds(stages, bool(labels) or row["method"] == REFERENCE)
     return None
 
 
-def remaining(row: Row, estimate: Estimate) -> float:
+def remaining(row: Row, estimate: CellSeconds) -> float:
     """The seconds that a cell still takes, from what it takes in all and how far it is."""
     stages = estimate.stages
     if TASKS_LEFT in row:
@@ -127,7 +127,7 @@ def _same(labels: Sequence[str], row: Row, other: Row) -> bool:
     return all(name in row and name in other and row[name] == other[name] for name in labels)
 
 
-def _remarks(left: Sequence[Row], estimates: Sequence[tuple[Row, Estimate]], running: int) -> list[str]:
+def _remarks(left: Sequence[Row], estimates: Sequence[tuple[Row, CellSeconds]], running: int) -> list[str]:
     unlike = sum(not estimate.is_of_its_method for _, estimate in estimates)
     unknown = len(left) - len(estimates)
     remarks = {
