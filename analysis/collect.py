@@ -17,6 +17,7 @@ from runners.results.metrics import (
     METRICS,
     MODEL_PATH,
     REFERENCE,
+    STORED,
     TOKEN_WEIGHTS,
     UNCALIBRATED,
     UNIFORM,
@@ -167,7 +168,7 @@ def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 def _read_run(file: Path) -> dict[str, Any]:
     run = {"series": None, "group_size": None, CALIBRATION_INPUTS: None, TOKEN_WEIGHTS: None} | read_run(file.parent)
-    if run["method"] != REFERENCE and run.get(CALIBRATION) != UNCALIBRATED:
+    if run["method"] not in (REFERENCE, STORED) and run.get(CALIBRATION) != UNCALIBRATED:
         # Runs older than these keys always used the quantized model's activations, and weighed all tokens alike.
         run[CALIBRATION_INPUTS] = run[CALIBRATION_INPUTS] or "quantized"
         run[TOKEN_WEIGHTS] = run[TOKEN_WEIGHTS] or UNIFORM

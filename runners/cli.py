@@ -222,7 +222,7 @@ def _has_failed(row: Mapping[str, Any]) -> bool:
 def _summarize(cells: list[Settings], left_alone: int, words: Sequence[str]) -> None:
     """Print the table of a sweep, one row per run, and what to do next; exit with 1 if any has failed or has not ended."""
     asked = {settings.folder for settings in cells}
-    needed = [settings.reference() for settings in cells if settings.run.quantizes]
+    needed = [settings.reference() for settings in cells if settings.run.is_compared]
     references = {reference.folder: reference for reference in needed if reference.folder not in asked}
     described = describe_cells([*references.values(), *cells])  # at once, so that models of one name are told apart
     others, rows = described[: len(references)], described[len(references) :]

@@ -8,6 +8,7 @@ from runners.results.metrics import (
     FAR_MORE_NOTE,
     REFERENCE,
     fallback_note,
+    stored_note,
     stores_far_more,
 )
 
@@ -28,7 +29,8 @@ def mark_notes(raised: bool, far_more: bool) -> list[str]:
 
 def row_notes(rows: list[Row]) -> list[str]:
     """What must be said of the models and of the calibration of the rows."""
-    return [*model_notes(rows), *calibration_notes(rows), *fallback_notes(rows)]
+    elsewhere = dict.fromkeys(note for row in rows if (note := stored_note(row)))
+    return [*model_notes(rows), *calibration_notes(rows), *fallback_notes(rows), *elsewhere]
 
 
 def fallback_notes(rows: list[Row]) -> list[str]:

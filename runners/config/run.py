@@ -1,6 +1,6 @@
 """What a cell computes: every field can change a number, so every field is part of the digest."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quantease.act_order import ActOrder
@@ -13,11 +13,11 @@ from runners.fetch.packages import present
 from runners.identity import counts_if, identifying_fields, identity_of
 from runners.models.checkpoint import Model
 from runners.names import check_name
-from runners.results.metrics import FALLBACK_RTN, FALLBACKS
+from runners.results.metrics import FALLBACK_RTN, FALLBACKS, STORED
 from runners.storage.fingerprint import checkpoint_fingerprint, fingerprint
 
 CALIBRATION_DATA = "calibration"  # in the identity's versions of data sets, beside the names of the texts
-NOT_OF_CODES = ("evaluation", "warnings")  # settings that change no code
+NOT_OF_CODES = ("evaluation", "warnings", "reference")  # settings that change no code
 GRID = ("bits", "group_size", "symmetric", "scale_bits", "grid_range")  # the settings of GridSpec, in its order
 
 
@@ -55,12 +55,19 @@ class Run:
     warnings: str = field(metadata=counts_if(lambda run: _quantizes(run) and run.warnings != "record"))
     # Older results left such layers as they were. None that is published had any, so the default is not in their digests.
     fallback: str = field(default=FALLBACK_RTN, metadata=counts_if(lambda run: run.takes_other_fallback))
+    # With method=stored: folder, GGUF file or name on the hub of the original that it is compared with.
+    reference: str | None = field(default=None, metadata=counts_if(lambda run: run.reference is not None))
 
     def __post_init__(self) -> None:
         if self.warnings not in ("record", "error"):
             raise ValueError(f"warnings must be record or error, not {self.warnings!r}")
         if self.fallback not in FALLBACKS:
             raise ValueError(f"fallback must be one of {', '.join(FALLBACKS)}, not {self.fallback!r}")
+        if self.reference is not None and not self.is_stored:
+            raise ValueError(
+                f"reference={self.reference} names the original of a checkpoint that method=stored measures; "
+                f"{self.method.name} is compared with the unquantized run of its own model: leave reference out"
+            )
         _ = self.grid  # refuses what GridSpec refuses
         self._check_inputs()
         check_name("model.name", self.model.name)
@@ -96,6 +103,21 @@ class Run:
         return self.quantizes and self.calibration is not None and self.fallback != FALLBACK_RTN
 
     @property
+    def is_stored(self) -> bool:
+        """Whether the model was quantized elsewhere, and is measured as it is stored."""
+        return self.method.name == STORED and self.method.solver is None
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether there is an unquantized run that this one is compared with."""
+        return self.quantizes or self.reference is not None
+
+    @property
+    def original(self) -> Model | None:
+        """The model that `reference` names: the unquantized one of a checkpoint that was quantized elsewhere."""
+        return None if self.reference is None else replace(self.model, path=self.reference, revision=None)
+
+    @property
     def solver(self) -> LayerSolver:
         """The method's solver, wrapped for act-order where the settings ask for it."""
         if self.method.solver is None:
@@ -115,6 +137,8 @@ class Run:
             else:
                 identity[name] = identity_of(getattr(self, name))
         identity["model"]["path"] = self.model_path
+        if self.original is not None:
+            identity["reference"] = _path_of(self.original)
         return identity | {"data": self._data_versions(data_root)}
 
     def quantization_identity(self, data_root: str | None) -> dict[str, Any]:
@@ -136,9 +160,12 @@ class Run:
         Raises:
             InputError: there is no such GGUF file.
         """
-        if (file := self.model.gguf) is not None:
-            return fingerprint([present(file)])
-        return self.model.path if self.model.folder is None else checkpoint_fingerprint(self.model.folder)
+        return _path_of(self.model)
+
+    @property
+    def labeled_path(self) -> str:
+        """The path by which results know the model: with `reference` that of the original, beside which it then stands."""
+        return _path_of(self.original or self.model)
 
     def calibrated_on(self, data_root: str | None) -> list[str]:
         """The names of the evaluation texts that calibration has drawn from, too: the same data set, or the same file."""
@@ -159,3 +186,10 @@ class Run:
             datasets[CALIBRATION_DATA] = self.calibration.dataset
         versions = {name: dataset.version(data_root) for name, dataset in datasets.items()}
         return versions | {f"zero_shot/{name}": task_version(name, data_root) for name in self.evaluation.tasks}
+
+
+def _path_of(model: Model) -> str:
+    """The fingerprint of a model's files; of a model of the hub its name there."""
+    if (file := model.gguf) is not None:
+        return fingerprint([present(file)])
+    return model.path if model.folder is None else checkpoint_fingerprint(model.folder)

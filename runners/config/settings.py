@@ -27,7 +27,8 @@ class Settings:
 
     def reference(self) -> "Settings":
         """The unquantized run that this one is compared with."""
-        return self.replace(method=Method(REFERENCE, None), force=False)
+        model = self.run.original or self.run.model
+        return self.replace(method=Method(REFERENCE, None), model=model, reference=None, force=False)
 
     @cached_property
     def _identity(self) -> dict[str, Any]:

@@ -38,7 +38,8 @@ class Mode(Enum):
     QUANTIZED = auto()  # a quantized model is measured, and agreement is not asked for
     REFERENCE_CACHED = auto()  # a quantized model is compared with final activations from the cache
     PROBE = auto()  # the model that is measured, whichever it is, with its loss alone
-    REFERENCE_COMPUTED = auto()  # a quantized model is compared with the unquantized one, which passes the same blocks
+    REFERENCE_COMPUTED = auto()  # a quantized model is compared with the unquantized one, which passes the same blocks,
+    # or, where the model was quantized elsewhere, the blocks of its own checkpoint
 
 
 @dataclass
@@ -74,6 +75,7 @@ class _TextInProgress:
         sha256: their hash.
         activations: those of the model that is measured.
         reference: those of the unquantized model; only in mode REFERENCE_COMPUTED.
+        head: of the model that was the original of one quantized elsewhere; its last norm and head may be others.
         cached: final activations of the unquantized model (windows, length, width); only in the two modes CACHED.
         rounded: those of the unquantized model that is rounded once more; only where it is measured with its noise floor.
         agreement: of every token with the unquantized model, or with its noise floor.
@@ -84,6 +86,7 @@ class _TextInProgress:
     mode: Mode
     activations: BlockActivations
     reference: BlockActivations | None = None
+    head: BlockActivations | None = None
     cached: Tensor | None = None
     rounded: BlockActivations | None = None
     agreement: TokenAgreement = field(default_factory=TokenAgreement)
@@ -93,6 +96,10 @@ class _TextInProgress:
         """All activations that have to pass the blocks."""
         mine = None if self.mode is Mode.UNQUANTIZED_CACHED else self.activations
         return [activations for activations in (self.reference, mine, self.rounded) if activations is not None]
+
+    def reference_logits(self, hidden: Tensor) -> Tensor:
+        """The unquantized model's logits of its activations (windows, length, width) after the last block."""
+        return (self.head or self.activations).logits(hidden)
 
 
 class BlockwiseEvaluation:
@@ -105,6 +112,7 @@ class BlockwiseEvaluation:
         references: cache of the unquantized model's final activations; None: do not measure agreement with it, nor its
             noise floor.
         memory: what to make smaller when memory runs out.
+        original: the unquantized model where `source` was quantized elsewhere and is compared with it.
         probes: name to token ids (windows, length) of which only the loss is asked, and that are not kept in the cache.
     """
 
@@ -117,9 +125,11 @@ class BlockwiseEvaluation:
         blocks: FinishedBlocks | None = None,
         references: ReferenceCache | None = None,
         memory: Memory | None = None,
+        original: BlockSource | None = None,
         probes: dict[str, Tensor] | None = None,
     ) -> None:
         self._source, self._blocks, self._references = source, blocks, references
+        self._original = original
         self._memory = memory or Memory()
         self._batch_size = batch_size
         self._texts = {name: self._begin(*text) for name, text in texts.items()}
@@ -142,6 +152,7 @@ class BlockwiseEvaluation:
         count = len(self._source.blocks)
         in_progress = {name: text for name, text in self._texts.items() if text.walks}
         self._bar.begin("the texts are measured")
+        self._pass_original(in_progress)
         for index in range(count if in_progress else 0):
             self._pass_block(in_progress, index)
             self._bar.finish(f"block {index + 1} of {count}", index + 1, count)
@@ -170,29 +181,41 @@ class BlockwiseEvaluation:
         mode = self._mode(is_cached=cached is not None)
         text = _TextInProgress(ids, sha256, mode, activations, cached=cached)
         if mode is Mode.REFERENCE_COMPUTED:
-            text.reference = self._enter(ids)
+            text.reference = self._enter(ids, self._original)
         elif cached is not None and mode is Mode.UNQUANTIZED_CACHED:
             activations.hidden = list(cached.split(self._batch_size))
-        if self._blocks is None and self._references is not None:
+        if self._original is not None:
+            text.head = text.reference or self._enter(ids[: self._batch_size], self._original)
+        elif self._blocks is None and self._references is not None:
             text.rounded = self._enter(ids)
         return text
 
     def _mode(self, *, is_cached: bool) -> Mode:
-        if self._blocks is None:
+        if self._blocks is None and self._original is None:
             return Mode.UNQUANTIZED_CACHED if is_cached else Mode.UNQUANTIZED
         if self._references is None:
             return Mode.QUANTIZED
         return Mode.REFERENCE_CACHED if is_cached else Mode.REFERENCE_COMPUTED
 
-    def _enter(self, ids: Tensor) -> BlockActivations:
-        """A text's activations before the first block."""
-        return BlockActivations(self._source, ids, self._batch_size, memory=self._memory)
+    def _enter(self, ids: Tensor, source: BlockSource | None = None) -> BlockActivations:
+        """A text's activations before the first block, of the model that is measured unless another is given."""
+        return BlockActivations(source or self._source, ids, self._batch_size, memory=self._memory)
+
+    def _pass_original(self, texts: dict[str, _TextInProgress]) -> None:
+        """Send what is not cached of the original through its own blocks."""
+        if self._original is None or not any(text.reference for text in texts.values()):
+            return
+        for index in range(len(self._original.blocks)):
+            with self._original.open_block(index):
+                for name, text in texts.items():
+                    if text.reference:
+                        self._advance(text.reference, index, f"{name} unquantized")
 
     def _pass_block(self, texts: dict[str, _TextInProgress], index: int) -> None:
         """Send all texts through one block; the unquantized model first, because replacing the weights overwrites them."""
         with self._source.open_block(index) as block:
             for name, text in texts.items():
-                if text.reference:
+                if text.reference and self._original is None:
                     self._advance(text.reference, index, f"{name} unquantized")
             if self._blocks is not None:
                 replace_weights(block, self._blocks.layers(index, str(self._source.device)))
@@ -230,7 +253,7 @@ class BlockwiseEvaluation:
             for hidden in batch.split(rows):
                 here = slice(first, first := first + len(hidden))
                 logits = text.activations.logits(hidden)
-                expected = None if reference is None else text.activations.logits(reference[here])
+                expected = None if reference is None else text.reference_logits(reference[here])
                 ids = text.ids[here].to(logits.device)
                 for measure, values in self._of_windows(text, logits, ids, expected, here).items():
                     measured.setdefault(measure, []).extend(values.tolist())

@@ -1,19 +1,24 @@
 """Find a checkpoint, check it before anything is spent on it, and load it: safetensors only, and no code from it."""
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from runners.errors import InputError
+from runners.formats.detect import packed_layers
+from runners.formats.scheme import PackedLayer
 from runners.gguf_files.conversion import ENDING, converted, converted_before, note_of
 from runners.hub import cached_file, download_snapshot, hub_answers
 from runners.models.blocks import decoder_blocks
-from runners.models.quantized_already import refuse_quantized
+from runners.models.quantized_already import CONFIG_KEYS, refuse_quantized
 from runners.models.shards import INDEX, WHOLE, Shards, weight_files
 from runners.models.verify import MAX_COUNT, check_config, check_tensors, check_tokenizer, refuse_unused, tensor_names
 from runners.models.weight_names import match_names
@@ -73,12 +78,20 @@ class Checkpoint:
         skeleton: the model without its weights (on the meta device).
         revision: the hub's commit that the files are of; None for a folder.
         sequence_length: tokens of a calibration sequence and of an evaluation window.
+        packed: its quantized layers, by the names of their weights; only of a checkpoint that is measured as it is stored.
     """
 
     folder: Path
     skeleton: nn.Module
     revision: str | None
     sequence_length: int
+    packed: Mapping[str, PackedLayer] = field(default_factory=dict)
+
+    @property
+    def shards(self) -> Shards:
+        """Its tensors; of quantized layers the weights, which are dequantized as they are read."""
+        shards = Shards.of(self.folder)
+        return shards.unpacked(self.packed) if self.packed else shards
 
     @property
     def config(self) -> Any:
@@ -87,7 +100,7 @@ class Checkpoint:
     @property
     def stored_bits(self) -> int:
         """Bits per weight in the checkpoint."""
-        return torch.finfo(self.config.dtype or Shards.of(self.folder).first_dtype()).bits
+        return torch.finfo(self.config.dtype or self.shards.first_dtype()).bits
 
     @property
     def note(self) -> str | None:
@@ -99,8 +112,11 @@ class Checkpoint:
         return sum(parameter.numel() for parameter in self.skeleton.parameters())
 
 
-def open_checkpoint(model: Model) -> Checkpoint:
+def open_checkpoint(model: Model, *, stored: bool = False) -> Checkpoint:
     """Find and check a checkpoint; downloads it where `model.path` names a repository of the hub.
+
+    Args:
+        stored: it was quantized elsewhere, and is to be measured as it is stored.
 
     Raises:
         InputError: the checkpoint is missing, incomplete, truncated, pickled, or of an architecture that is not supported.
@@ -108,19 +124,35 @@ def open_checkpoint(model: Model) -> Checkpoint:
     transformers_logging.set_verbosity_error()
     local = model.folder
     folder, revision = (local, None) if local else download_snapshot(model.path, model.revision)
-    check_files(folder)
+    # A GGUF file has become a folder of floating-point weights.
+    is_packed = stored and model.gguf is None
+    check_files(folder, is_packed=is_packed)
+    packed = packed_layers(folder, weight_files(folder)) if is_packed else {}
     skeleton = _skeleton(folder)
-    return Checkpoint(folder, skeleton, revision, sequence_length(model, skeleton))
+    _refuse_transposed(folder, skeleton, packed)
+    return Checkpoint(folder, skeleton, revision, sequence_length(model, skeleton), packed)
 
 
-def model_skeleton(model: Model) -> Any:
+def _refuse_transposed(folder: Path, skeleton: nn.Module, packed: Mapping[str, PackedLayer]) -> None:
+    """Refuse quantized layers in a model that keeps its weights as (in, out): whether they are (out, in) is not known."""
+    if packed and any(isinstance(module, Conv1D) for module in skeleton.modules()):
+        raise InputError(
+            f"{folder} is a quantized {type(skeleton).__name__}, which keeps its weights as (in, out): tools differ in how "
+            "they store those, so it cannot be read"
+        )
+
+
+def model_skeleton(model: Model, *, stored: bool = False) -> Any:
     """The model without its weights. Of a repository of the hub only `config.json` is downloaded, if the hub answers.
+
+    Args:
+        stored: as for `open_checkpoint`.
 
     Raises:
         InputError: as for `open_checkpoint`; what is wrong with weights that are still on the hub is not found.
     """
     if model.folder is not None or not hub_answers():
-        return open_checkpoint(model).skeleton
+        return open_checkpoint(model, stored=stored).skeleton
     transformers_logging.set_verbosity_error()
     folder, _ = download_snapshot(model.path, model.revision, ["config.json"])
     check_config(folder, tensors=MAX_COUNT)
@@ -149,6 +181,8 @@ def _skeleton(folder: Path) -> Any:
     """The model that a checked config.json describes, on the meta device."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        for key in CONFIG_KEYS:  # of a checkpoint that is measured as it is stored: its weights are read as numbers
+            config.__dict__.pop(key, None)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers answers a bad config.json with whatever its classes raise
@@ -169,18 +203,23 @@ def load(checkpoint: Checkpoint, model: Model, device: torch.device) -> nn.Modul
     """
     dtype = getattr(torch, model.dtype) if model.dtype else "auto"
     # Before the weights are read, and by the same rule as where they are read block by block.
-    refuse_unused(checkpoint.folder, match_names(checkpoint.skeleton, Shards.of(checkpoint.folder)).unused)
+    refuse_unused(checkpoint.folder, match_names(checkpoint.skeleton, checkpoint.shards).unused)
     transformers_logging.disable_progress_bar()
     try:
         loaded: Any
-        loaded, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            checkpoint.folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        if checkpoint.packed:
+            loaded, info = _from_packed(checkpoint, model)
+        else:
+            loaded, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+                checkpoint.folder,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"the weights in {checkpoint.folder} do not fit its config.json: {_one_line(error)}"
@@ -194,6 +233,17 @@ def load(checkpoint: Checkpoint, model: Model, device: torch.device) -> nn.Modul
                 f"the weight {name} in {checkpoint.folder} contains NaN or infinity: the checkpoint is damaged"
             )
     return loaded
+
+
+def _from_packed(checkpoint: Checkpoint, model: Model) -> Any:
+    """The model of a quantized checkpoint, and what transformers says of how it was loaded."""
+    shards = checkpoint.shards
+    dtype = getattr(torch, model.dtype) if model.dtype else checkpoint.config.dtype or shards.first_dtype()
+    dtypes = dict.fromkeys(shards.file_of) | dict.fromkeys(checkpoint.packed, dtype)
+    weights = dict(shards.read(dtypes, torch.device("cpu")))
+    cls: Any = type(checkpoint.skeleton)
+    config = copy.deepcopy(checkpoint.config)
+    return cls.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -211,8 +261,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, *, is_packed: bool = False) -> None:
     """Refuse a folder that is not a whole safetensors checkpoint, or whose config.json asks for another one.
+
+    Args:
+        is_packed: the weights may be quantized already.
 
     Raises:
         InputError: saying which file is missing, damaged or does not fit.
@@ -222,7 +275,8 @@ def check_files(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no config.json, so it is not a Hugging Face model folder")
     files = weight_files(folder)
-    refuse_quantized(folder, tensor_names(files))  # first: its codes would be refused, too, but for a lesser reason
+    if not is_packed:
+        refuse_quantized(folder, tensor_names(files))  # first: its codes would be refused, too, but for a lesser reason
     if not files:
         if any(found for pattern in PICKLES for found in folder.glob(pattern)):
             raise InputError(
@@ -230,7 +284,7 @@ def check_files(folder: Path) -> None:
                 "by loading them where you trust them and calling save_pretrained"
             )
         raise InputError(f"{folder} holds no weights: there is neither {WHOLE} nor {INDEX}")
-    check_config(folder, tensors=check_tensors(files))
+    check_config(folder, tensors=check_tensors(files, may_hold_codes=is_packed))
 
 
 def sequence_length(model: Model, skeleton: Any) -> int:

@@ -77,7 +77,8 @@ def refuse_quantized(folder: Path, tensors: Iterable[str]) -> None:
     shown = [evidence for _, evidence in found[:SHOWN]] + ["..."] * (len(found) > SHOWN)
     raise InputError(
         f"the weights in {folder} are quantized already ({' / '.join(specific) or 'of an unknown kind'}; found: "
-        f"{', '.join(shown)}): take the original checkpoint, whose weights are floating-point numbers"
+        f"{', '.join(shown)}): take the original checkpoint, whose weights are floating-point numbers, or measure this "
+        "one as it is stored with method=stored"
     )
 
 

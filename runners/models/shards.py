@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from runners.errors import InputError
+from runners.formats.scheme import PackedLayer
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # as save_pretrained names them
 
@@ -20,9 +21,11 @@ class Shards:
 
     Attributes:
         file_of: name of each tensor to the file that holds it.
+        packed: quantized layers by the names of their weights, which are read as if they were stored.
     """
 
     file_of: dict[str, Path]
+    packed: Mapping[str, PackedLayer] = field(default_factory=dict)
 
     @property
     def files(self) -> list[Path]:
@@ -46,11 +49,17 @@ class Shards:
                 raise InputError(f"{folder / file} does not hold the weight {name} that {index.name} places there")
         return cls({name: folder / file for name, file in mapped.items()})
 
-    def read(self, dtypes: Mapping[str, torch.dtype], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    def unpacked(self, packed: Mapping[str, PackedLayer]) -> "Shards":
+        """These tensors, with the weights of quantized layers in the place of what is stored for them."""
+        stored = {f"{layer.parts.layer}.{part}" for layer in packed.values() for part in layer.parts.headers}
+        plain = {name: file for name, file in self.file_of.items() if name not in stored}
+        return Shards(plain | {name: _file_of(layer) for name, layer in packed.items()}, packed)
+
+    def read(self, dtypes: Mapping[str, torch.dtype | None], device: torch.device) -> Iterator[tuple[str, Tensor]]:
         """Read tensors, file by file, with one file open at a time.
 
         Args:
-            dtypes: name of each tensor to what it is converted to.
+            dtypes: name of each tensor to what it is converted to; None: it stays what it is.
             device: where they are put.
 
         Yields:
@@ -62,7 +71,9 @@ class Shards:
         for file, members in by_file.items():
             with safe_open(file, framework="pt") as opened:
                 for name in members:
-                    yield name, opened.get_tensor(name).to(device=device, dtype=dtypes[name], copy=True)
+                    layer = self.packed.get(name)
+                    tensor = opened.get_tensor(name) if layer is None else layer.weight()
+                    yield name, tensor.to(device=device, dtype=dtypes[name] or tensor.dtype, copy=layer is None)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, from the files' headers."""
@@ -70,7 +81,7 @@ class Shards:
         for file in self.files:
             with safe_open(file, framework="pt") as opened:
                 found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-        return found
+        return found | {name: layer.shape for name, layer in self.packed.items()}
 
     def first_dtype(self) -> torch.dtype:
         """The type of the first floating-point tensor of the first file, as transformers asks; float32 where none is."""
@@ -126,6 +137,10 @@ def weight_files(folder: Path) -> list[Path]:
     if others := sorted(name for name in names if not name.endswith(".safetensors")):
         raise InputError(f"{index} names {others[0]}, which is not a safetensors file")
     return [index.parent / name for name in sorted(names)]
+
+
+def _file_of(layer: PackedLayer) -> Path:
+    return next(iter(layer.parts.headers.values())).file
 
 
 def _names(file: Path) -> list[str]:

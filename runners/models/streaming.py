@@ -142,7 +142,7 @@ def open_model(checkpoint: Checkpoint, model: Model, device: torch.device) -> Bl
         InputError: a weight is missing, has another shape than config.json says, or is not finite.
     """
     configure_malloc()
-    shards = Shards.of(checkpoint.folder)
+    shards = checkpoint.shards
     # Once a process: a run and its reference read the same files.
     if (state := shards.state()) not in _known_finite:
         shards.check_finite()

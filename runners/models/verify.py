@@ -42,8 +42,11 @@ def tensor_names(files: list[Path]) -> list[str]:
     return [name for file in files for name, _ in _tensors(file)]
 
 
-def check_tensors(files: list[Path]) -> int:
+def check_tensors(files: list[Path], *, may_hold_codes: bool = False) -> int:
     """Refuse safetensors files that are damaged, hold a tensor twice, or hold weights that are not floating-point.
+
+    Args:
+        may_hold_codes: the checkpoint is quantized, and its layout is checked elsewhere: weights may be integers.
 
     Returns:
         How many tensors they hold.
@@ -58,7 +61,7 @@ def check_tensors(files: list[Path]) -> int:
                 raise InputError(
                     f"the weight {name} is in {found[name]} and in {file.name}: only one of them can be true"
                 )
-            if name.endswith(".weight") and dtype not in WEIGHT_TYPES:
+            if name.endswith(".weight") and dtype not in WEIGHT_TYPES and not may_hold_codes:
                 raise InputError(
                     f"the weight {name} in {file} is of type {dtype}, not one of {', '.join(WEIGHT_TYPES)}"
                 )

@@ -20,6 +20,7 @@ METRICS = "metrics.json"  # in a run's folder
 SEAL = "seal"  # what the files of the run were when it ended (`runners.results.seal`); absent from older results
 SEALED_FILES, CHECKSUM, BYTES, ROWS = "files", "sha256", "bytes", "rows"  # keys within it
 REFERENCE = "fp16"  # the method that leaves the weights as they are, whatever their dtype
+STORED = "stored"  # the method that measures a checkpoint as another tool has quantized it
 
 
 class Status(StrEnum):
@@ -92,6 +93,10 @@ MODEL_NOTE = "model_note"  # what must be said with every number of the model; a
 CALIBRATION_NOTE = "calibration_note"  # what must be said of texts that were calibrated on; absent where there are none
 MODEL_DTYPE = "model_dtype"  # of the weights before quantization, as torch names it; absent from older results
 MODEL_PATH = "model_path"  # the fingerprint of the model's files, or its name on the hub
+# Of a checkpoint that was quantized elsewhere, from its own config:
+STORED_METHOD = "stored_method"  # the method, as far as the config names it, else the format
+STORED_LAYOUT = "stored_layout"  # the format, with its version
+STORED_GRID = "stored_grid"  # `int`, `nf4`, or the types of a GGUF file
 
 
 # Of a zero-shot task, beside its metrics: questions, version of its definition, hash of its prompts, and prompts whose
@@ -229,12 +234,25 @@ def zero_shot_parts(key: Any) -> tuple[str, str] | None:
     return (parts[1], parts[2]) if len(parts) == 3 and parts[0] == "zero_shot" else None
 
 
+ELSEWHERE = " (elsewhere)"  # after the method of a checkpoint that was quantized elsewhere
+
+
+def stored_note(metrics: Mapping[str, Any]) -> str | None:
+    """The sentence on a checkpoint that was quantized elsewhere; None for any other run."""
+    if metrics["method"] != STORED or _present(metrics.get(STORED_LAYOUT)) is None:
+        return None
+    who, layout = method_words(metrics), metrics[STORED_LAYOUT]
+    return f"{who}: {metrics['model']} was quantized elsewhere and measured as it is stored, {layout}"
+
+
 _SHORT_DTYPES = {"float16": REFERENCE, "bfloat16": "bf16", "float32": "fp32"}
 REFERENCE_WORDS = frozenset(_SHORT_DTYPES.values())  # all that tables call the unquantized model
 
 
 def method_words(metrics: Mapping[str, Any]) -> str:
     """The method of a run as tables name it: the unquantized model by its dtype, `bf16`; `fp16` where that is unknown."""
+    if metrics["method"] == STORED:
+        return f"{_present(metrics.get(STORED_METHOD)) or STORED}{ELSEWHERE}"
     if metrics["method"] != REFERENCE:
         return metrics["method"]
     return _SHORT_DTYPES.get(str(metrics.get(MODEL_DTYPE)), REFERENCE)
@@ -296,7 +314,9 @@ def grid_words(metrics: Mapping[str, Any]) -> str:
     if group_size is None and metrics["method"].startswith("spqr"):
         # two-level groups, of 16 columns unless the method's settings say otherwise
         return OWN_GRID + f" {LENGTH_ONE_WORDS}" * length_one
+    grid = _present(metrics.get(STORED_GRID))
     flags = {
+        str(grid): grid not in (None, "int"),
         "symmetric": _present(metrics.get("symmetric")),
         "mse": metrics.get("grid_range") == "mse",
         "act-order": _present(metrics.get("act_order")),
@@ -383,6 +403,9 @@ _TEXTS = (
     "error",
     MODEL_DTYPE,
     MODEL_PATH,
+    STORED_METHOD,
+    STORED_LAYOUT,
+    STORED_GRID,
 )
 _TRUTHS = ("symmetric", "act_order")
 
@@ -468,7 +491,8 @@ def _needed(metrics: dict[str, Any]) -> tuple[str, ...]:
     """The keys without which tables cannot show such a run."""
     if metrics["status"] != Status.DONE:
         return ("stage", "error")
-    errors = () if metrics.get(CALIBRATION) == UNCALIBRATED else (RELATIVE_ERROR,)
+    has_errors = metrics.get(CALIBRATION) != UNCALIBRATED and metrics.get("method") != STORED
+    errors = (RELATIVE_ERROR,) if has_errors else ()
     return (BITS_PER_WEIGHT, *errors, *(() if metrics.get("method") == REFERENCE else ("bits",)))
 
 

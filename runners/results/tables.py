@@ -214,6 +214,7 @@ def _facts(runs: Sequence[Run]) -> list[str]:
         *_damping(runs),
         *_far_more_bits(runs),
         *_fallbacks(runs),
+        *dict.fromkeys(note for run in runs if (note := metrics.stored_note(run))),
         *_not_measured(runs),
         *_warnings(runs),
         *sorted({note for run in runs if (note := run.get(metrics.CALIBRATION_NOTE))}),

@@ -52,7 +52,7 @@ INTERRUPTED = "interrupted {where}: the same command again goes on with it"
 
 
 def run_experiment(settings: Settings, on_cell: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
-    """Run the cell of these settings and, if it quantizes, the reference that it is compared with.
+    """Run the cell of these settings and, if there is one, the reference that it is compared with.
 
     The reference comes second, because a mistake in the settings should show at once, not after the reference's minutes.
 
@@ -65,7 +65,7 @@ def run_experiment(settings: Settings, on_cell: Callable[[dict[str, Any]], None]
     Raises:
         InputError: as for `run_cell`.
     """
-    if not settings.run.quantizes:
+    if not settings.run.is_compared:
         return [run_cell(settings)]
     reference = settings.reference()
     _is_open(reference)  # a damaged one is refused before the minutes of the cell
@@ -239,7 +239,8 @@ def _model_facts(stages: Stages) -> dict[str, Any]:
     """What the model is: its size, the dtype of its weights, and what must be said of it."""
     checkpoint = stages.inputs.checkpoint
     dtype = str(stages.source.model.dtype).removeprefix("torch.")
-    note = {MODEL_NOTE: checkpoint.note} if checkpoint.note else {}
+    has_note = checkpoint.note and not stages.settings.run.is_stored  # else its grid is what is measured
+    note = {MODEL_NOTE: checkpoint.note} if has_note else {}
     return {"parameters": checkpoint.parameters, MODEL_DTYPE: dtype} | note
 
 
@@ -255,7 +256,7 @@ def _calibration_note(settings: Settings) -> dict[str, str]:
 
 
 def _headline(settings: Settings, inputs: RunInputs) -> str:
-    what = "measuring the unquantized model"
+    what = "measuring the model as it is stored" if settings.run.is_stored else "measuring the unquantized model"
     if settings.run.quantizes:
         grid = f"{bits_words(settings.run.bits)}, {group_words(settings.run.group_size)}"
         what = f"quantizing to {grid}, with {settings.run.method.name}"
@@ -269,7 +270,7 @@ def _labels(settings: Settings) -> dict[str, Any]:
     labels: dict[str, Any] = {
         "method": settings.run.method.name,
         "model": settings.run.model.name,
-        MODEL_PATH: settings.run.model_path,
+        MODEL_PATH: settings.run.labeled_path,
         "study": settings.execution.study,
         "digest": settings.digest,
         "series": settings.series,

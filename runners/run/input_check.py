@@ -34,7 +34,7 @@ def input_problems(settings: Settings, is_run_here: bool) -> list[str]:
 
 def _problems(run: Run, data_root: str | None, is_run_here: bool) -> Iterator[str]:
     if is_run_here or (run.model.gguf is None and run.model.folder is not None):
-        skeleton, problem = _opened(run.model)
+        skeleton, problem = _opened(run.model, run.is_stored)
         if problem is None and run.quantizes:
             problem = _grid_problem(skeleton, run)
         if problem is not None:
@@ -64,10 +64,10 @@ def _grid_problem(skeleton: Any, run: Run) -> str | None:
 
 
 @lru_cache(maxsize=4)
-def _opened(model: Model) -> tuple[Any, str | None]:
+def _opened(model: Model, stored: bool) -> tuple[Any, str | None]:
     """The model without its weights, or why it cannot be had."""
     try:
-        return model_skeleton(model), None
+        return model_skeleton(model, stored=stored), None
     except InputError as error:
         return None, str(error)
 

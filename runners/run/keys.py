@@ -22,6 +22,7 @@ OF_ACTIVATIONS = (  # the modules that compute activations and Hessians; a chang
     "runners/models/streaming.py",
     "runners/models/shards.py",
     "runners/models/weight_names.py",
+    "runners/formats/*.py",
     "quantease/matmul.py",
 )
 

@@ -13,7 +13,7 @@ from runners.data.windows import Windows, cut_texts
 from runners.errors import InputError
 from runners.evaluation.prompts import check_prompts
 from runners.evaluation.tasks import ReadyTask, prepare_tasks
-from runners.models.blocks import check_coverage, check_divisibility, refuse_left_out
+from runners.models.blocks import check_coverage, check_divisibility, decoder_blocks, refuse_left_out
 from runners.models.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from runners.run.environment import environment
 
@@ -38,6 +38,7 @@ class RunInputs:
     tasks: list[ReadyTask]
     skipped: dict[str, str]  # texts and tasks that are not measured, with the reason: no data, or unusable prompts
     batch_size: int  # sequences that go through the model together
+    original: Checkpoint | None = None  # the unquantized model that one quantized elsewhere is compared with
 
 
 def preflight(settings: Settings) -> RunInputs:
@@ -47,7 +48,7 @@ def preflight(settings: Settings) -> RunInputs:
         InputError: the first thing that is wrong.
     """
     device = open_device(settings.execution.device)
-    checkpoint = open_checkpoint(settings.run.model)
+    checkpoint = open_checkpoint(settings.run.model, stored=settings.run.is_stored)
     if settings.run.quantizes:
         check_divisibility(checkpoint.skeleton, settings.run.grid)
         refuse_left_out(checkpoint.skeleton, settings.run.warnings)
@@ -68,7 +69,31 @@ def preflight(settings: Settings) -> RunInputs:
     _check_vocabulary(max([prompts.largest_id, *(int(ids.max()) for ids in tokens)]), checkpoint)
     batch_size = settings.execution.batch_size or default_batch_size(checkpoint, device)
     skipped |= missing | prompts.skipped
-    return RunInputs(checkpoint, tokenizer, device, sequences, windows, prompts.tasks, skipped, batch_size)
+    original = _original(settings, checkpoint, windows)
+    return RunInputs(checkpoint, tokenizer, device, sequences, windows, prompts.tasks, skipped, batch_size, original)
+
+
+def _original(settings: Settings, checkpoint: Checkpoint, windows: dict[str, Windows]) -> Checkpoint | None:
+    """The checkpoint that `reference` names, which must be of the same architecture and split texts into the same tokens."""
+    if (model := settings.run.original) is None:
+        return None
+    original = open_checkpoint(model)
+    theirs, ours = type(original.skeleton).__name__, type(checkpoint.skeleton).__name__
+    sizes = [len(decoder_blocks(found.skeleton)) for found in (original, checkpoint)]
+    if theirs != ours or sizes[0] != sizes[1]:
+        raise InputError(
+            f"reference={settings.run.reference} is a {theirs} of {sizes[0]} decoder blocks, and the model is a {ours} of "
+            f"{sizes[1]}: it is not its original"
+        )
+    tokenizer, data_root = load_tokenizer(original), settings.execution.data_root
+    length, model_type = checkpoint.sequence_length, original.config.model_type
+    cut, _ = cut_texts(settings.run.evaluation, tokenizer, length, data_root, model_type)
+    if unlike := [name for name, text in windows.items() if name not in cut or cut[name].sha256 != text.sha256]:
+        raise InputError(
+            f"reference={settings.run.reference} splits the text {unlike[0]} into other tokens than the model: their "
+            "predictions cannot be compared"
+        )
+    return original
 
 
 def open_device(name: str | None) -> torch.device:

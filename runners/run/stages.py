@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,6 +32,7 @@ from runners.quantization.calibration_modes import (
 from runners.quantization.finished_blocks import FinishedBlocks, delete_finished_blocks
 from runners.quantization.input_statistics import StatisticsCache
 from runners.quantization.layerwise import Quantization
+from runners.quantization.stored_elsewhere import gguf_metrics, stored_metrics, stored_records
 from runners.results import metrics
 from runners.results.layers import LayerRecord, summarize_layers
 from runners.run.keys import model_key, resume_identity, statistics_key
@@ -80,6 +81,8 @@ class Stages:
             on_layer: called with the record of every layer, also of those in finished blocks.
         """
         sequences, stored_bits = self.inputs.sequences, self.inputs.checkpoint.stored_bits
+        if self.settings.run.is_stored:
+            return self._stored(on_layer)
         if self.blocks is None:
             return _unquantized(stored_bits)
         phases = Phases(self.inputs.device)
@@ -101,6 +104,15 @@ class Stages:
             **(_calibration_metrics(sequences) if sequences else {}),
             metrics.CHECKPOINT_SHA256: self.blocks.sha256,
         }
+
+    def _stored(self, on_layer: Callable[[LayerRecord], None]) -> Metrics:
+        """What a checkpoint that was quantized elsewhere says of itself."""
+        if self.settings.run.model.gguf is not None:
+            return gguf_metrics(self.settings.run.model)
+        records = list(stored_records(self.inputs.checkpoint, self.source.blocks))
+        for record in records:
+            on_layer(record)
+        return stored_metrics(self.inputs.checkpoint, records)
 
     def _quantize_blocks(
         self, quantization: Quantization, on_layer: Callable[[LayerRecord], None]
@@ -151,10 +163,9 @@ class Stages:
         texts = {name: (windows.ids, windows.sha256) for name, windows in self.inputs.windows.items()}
         if not texts:
             return {}, {}
-        references = None
-        if self.settings.run.evaluation.agreement:
-            references = ReferenceCache(self.cache, model_key(self.settings, self.inputs))
+        references, original = self._compared_with()
         options: dict[str, Any] = {"blocks": self.blocks, "references": references, "memory": self.memory}
+        options["original"] = original
         probed = {} if self.blocks is not None else self._bos_probes()
         with Meter(self.inputs.device) as meter:
             evaluation = BlockwiseEvaluation(self.source, texts, self.inputs.batch_size, probes=probed, **options)
@@ -168,6 +179,17 @@ class Stages:
         keys = {NONE: metrics.PPL_WITHOUT_BOS, WINDOW: metrics.PPL_WITH_BOS}
         result |= {keys[name]: math.exp(fmean(measured.pop(name)["nll"])) for name in probed}
         return result, measured
+
+    def _compared_with(self) -> tuple[ReferenceCache | None, BlockSource | None]:
+        """The unquantized model's activations; and that model itself, where it is not the one that is walked."""
+        run, original = self.settings.run, self.inputs.original
+        if not run.evaluation.agreement or (run.is_stored and original is None):
+            return None, None
+        if original is None:
+            return ReferenceCache(self.cache, model_key(self.settings, self.inputs)), None
+        settings = self.settings.reference()
+        key = model_key(settings, replace(self.inputs, checkpoint=original))
+        return ReferenceCache(self.cache, key), open_model(original, settings.run.model, self.inputs.device)
 
     def _title(self, stage: str) -> str:
         """Of a stage's progress. It names the cell: with several workers the lines of several cells are mixed."""

@@ -14,6 +14,8 @@ OF_A_CHECKPOINT = {
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "quantize_config.json",  # of a checkpoint that is quantized already: how
+    "quant_config.json",
 }
 CODE = ("quantease/**/*.py", "baselines/**/*.py", "runners/**/*.py")  # all that can change a number, and a little more
 SAMPLES, SAMPLE = 64, 65_536  # pieces of a large file that are read, and bytes of each

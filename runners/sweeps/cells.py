@@ -108,7 +108,7 @@ def register_cells(cells: Sequence[Settings], words: Sequence[str] = (), multiru
     command = [*(["-m"] if multirun else []), *words]
     for study in {cell.study_folder for cell in cells}:
         mine = [cell for cell in cells if cell.study_folder == study]
-        references = {cell.reference().folder: cell.reference() for cell in mine if cell.run.quantizes}
+        references = {cell.reference().folder: cell.reference() for cell in mine if cell.run.is_compared}
         labels = _labels(list((references | {cell.folder: cell for cell in mine}).values()))
         named = {folder.relative_to(study).as_posix(): label | {COMMAND: command} for folder, label in labels.items()}
         # Sweeps of one study may start at the same time: without the lock one could overwrite what another has added.
@@ -178,7 +178,7 @@ def _labels(cells: Sequence[Settings]) -> dict[Path, dict[str, Any]]:
 
 def _label(cell: Settings, setting: str) -> dict[str, Any]:
     grid = {"bits": cell.run.bits, "group_size": cell.run.group_size} if cell.run.quantizes else {}
-    model = {"model": cell.run.model.name, MODEL_PATH: cell.run.model_path}
+    model = {"model": cell.run.model.name, MODEL_PATH: cell.run.labeled_path}
     return {"method": cell.run.method.name, **model, **grid, "setting": setting, "series": cell.series}
 
 

@@ -255,7 +255,7 @@ def record_dead_runs(cells: Sequence[Settings]) -> None:
 
 def _with_references(cells: Sequence[Settings]) -> list[Settings]:
     """The cells and the references that they need, each once."""
-    references = [cell.reference() for cell in cells if cell.run.quantizes]
+    references = [cell.reference() for cell in cells if cell.run.is_compared]
     return list({cell.folder: cell for cell in (*cells, *references)}.values())
 
 

@@ -44,7 +44,7 @@ def _words(names: list[str]) -> str:
 
 def _problems(cell: Settings, is_run_here: bool) -> list[str]:
     """What is wrong with the inputs of a cell, or of the reference that it still needs; nothing that is done needs any."""
-    runs = [cell, cell.reference()] if cell.run.quantizes else [cell]
+    runs = [cell, cell.reference()] if cell.run.is_compared else [cell]
     return next((problems for run in runs if _is_open(run) and (problems := input_problems(run, is_run_here))), [])
 
 

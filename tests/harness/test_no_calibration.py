@@ -21,7 +21,7 @@ from tests.conftest import PROJECT, ToySettings
 from tests.problems import random_problem
 
 METHODS = sorted(file.stem for file in (PROJECT / "conf" / "method").glob("*.yaml"))
-WITHOUT_INPUTS = ("fp16", "rtn")
+WITHOUT_INPUTS = ("fp16", "rtn", "stored")
 QUICK = ("method=rtn", "keep_checkpoint=true")
 
 

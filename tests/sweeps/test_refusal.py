@@ -142,7 +142,9 @@ def test_what_has_failed_is_left_alone_unless_it_is_to_be_retried(toy_settings: 
 def test_inputs_are_opened_once_for_all_cells(toy_settings: ToySettings, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Any] = []
     monkeypatch.setattr(
-        input_check, "model_skeleton", lambda model: opened.append(model) or checkpoint.model_skeleton(model)
+        input_check,
+        "model_skeleton",
+        lambda model, stored: opened.append(model) or checkpoint.model_skeleton(model, stored=stored),
     )
     refuse_impossible([toy_settings("method=rtn", f"bits={bits}") for bits in (2, 3, 4)], is_run_here=True)
     assert len(opened) == 1

@@ -1,0 +1,1 @@
+"""Layouts of checkpoints that other tools have quantized: from the tensors in their files to floating-point weights."""
