@@ -72,8 +72,11 @@ def test_the_codes_are_those_of_a_calibrated_run_and_no_error_is_measured(
 
 
 @pytest.mark.usefixtures("no_calibration")
-def test_a_run_that_was_interrupted_goes_on(toy_settings: ToySettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, interrupted = (toy_settings(*QUICK, "calibration=none", f"study={name}") for name in ("whole", "parts"))
+def test_a_run_that_was_interrupted_goes_on(
+    toy_settings: ToySettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*QUICK, "calibration=none")
+    whole, interrupted = (toy_settings(*words, f"results={tmp_path / name}") for name in ("whole", "parts"))
     run_cell(whole)
     save = FinishedBlocks.save
 

@@ -14,7 +14,7 @@ from runners.config.command_line import check
 from runners.quantization.finished_blocks import delete_finished_blocks
 from runners.results.metrics import METRICS
 from runners.results.progress import PROGRESS, Progress
-from runners.run import experiment
+from runners.run import experiment, kept_codes
 from runners.run.experiment import run_cell, run_experiment
 from tests.conftest import PROJECT, ToySettings
 
@@ -83,7 +83,7 @@ def test_what_a_kill_leaves_of_a_run_that_is_done_is_removed_by_the_next_command
     def die(_folder: Path) -> None:
         raise Killed
 
-    monkeypatch.setattr(experiment, "delete_finished_blocks", die)
+    monkeypatch.setattr(kept_codes, "delete_finished_blocks", die)
     with pytest.raises(Killed):
         run_cell(settings)
     assert (settings.folder / METRICS).exists()
@@ -92,7 +92,7 @@ def test_what_a_kill_leaves_of_a_run_that_is_done_is_removed_by_the_next_command
     assert run_cell(settings)["skipped"]
     assert not (settings.folder / "checkpoint").exists()
     assert not (settings.folder / PROGRESS).exists()
-    assert experiment.delete_finished_blocks is delete_finished_blocks
+    assert kept_codes.delete_finished_blocks is delete_finished_blocks
 
 
 def test_a_checkpoint_that_is_to_be_kept_is_no_leftover(toy_settings: ToySettings) -> None:
@@ -145,4 +145,4 @@ def test_a_sweep_on_a_full_disk_says_so_once_and_goes_on_when_there_is_room(
         assert run_experiment(cell)[-1]["status"] == "done"
     rows = [json.loads(file.read_text()) for file in small_disk.glob("results/runs/toy/*/metrics.json")]
     assert [row["status"] for row in rows] == ["done"] * 3
-    assert not list(small_disk.glob("results/runs/toy/*/checkpoint"))
+    assert not list(small_disk.glob("results/runs/toy/*/checkpoint/*.partial"))
