@@ -109,9 +109,9 @@ def test_the_config_may_be_in_a_file_of_its_own(tmp_path: Path) -> None:
 
 
 def test_an_original_is_none(toy_settings: ToySettings, toy_model: Path) -> None:
-    with pytest.raises(InputError, match="does not say that its weights are quantized.*method=fp16"):
+    with pytest.raises(InputError, match=r"does not say that its weights are quantized.*method=fp16"):
         open_checkpoint(Model("toy", str(toy_model)), stored=True)
-    with pytest.raises(InputError, match="reference=.*leave reference out"):
+    with pytest.raises(InputError, match=r"reference=.*leave reference out"):
         toy_settings("method=rtn", f"reference={toy_model}")
 
 
@@ -125,7 +125,7 @@ def test_a_pickle_is_refused_as_before(toy_model: Path, tmp_path: Path) -> None:
 def test_other_methods_refuse_a_quantized_checkpoint_and_name_the_one_that_does_not(model_copy: Path) -> None:
     tensors = load_file(model_copy / "model.safetensors")
     save_file(tensors | {f"{LAYER}.qweight": torch.zeros(4, 4, dtype=torch.int32)}, model_copy / "model.safetensors")
-    with pytest.raises(InputError, match="quantized already .*method=stored"):
+    with pytest.raises(InputError, match=r"quantized already .*method=stored"):
         open_checkpoint(Model("packed", str(model_copy)))
 
 
