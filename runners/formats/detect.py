@@ -26,6 +26,7 @@ PLACES = (  # of the config: a file, a key of it, and the method where the confi
     ("quantize_config.json", None, "gptq"),
     ("quant_config.json", None, "awq"),
 )
+FLOATS = ("F32", "F16", "BF16")  # types of weights that are no codes
 READABLE = "compressed-tensors, GPTQ, AWQ and bitsandbytes with 4 bits"
 # Last parts of names that belong to a quantized layer, and mean nothing without the rest of it.
 REMAINS = (
@@ -55,7 +56,10 @@ def packed_layers(folder: Path, files: list[Path]) -> dict[str, PackedLayer]:
     if not names:
         raise InputError(f"{where} says {method}, but no tensor of the files in {folder} is of a layer quantized so")
     used = {full for of_layer in names.values() for full in of_layer.values()}
-    if remains := sorted(name for name in headers if name not in used and name.endswith(REMAINS)):
+    left = {name: header for name, header in headers.items() if name not in used}
+    # Codes whose layout is another, or numbers of 8 bits: read as weights they would be others.
+    codes = {name for name, header in left.items() if name.endswith(".weight") and header.dtype not in FLOATS}
+    if remains := sorted(name for name in left if name in codes or name.endswith(REMAINS)):
         raise InputError(
             f"the tensor {remains[0]} in {headers[remains[0]].file} is of no layer that {method} explains: what it is for "
             "is not known, so the checkpoint cannot be read"

@@ -96,6 +96,17 @@ def test_a_layer_that_is_not_what_its_layout_says_is_refused(sentence: str, tmp_
     assert "model.safetensors" in str(refused.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_a_weight_that_is_no_floating_point_number_and_no_code_of_the_layout_is_refused(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    write_case(tmp_path, gptq_layer(), GPTQ)
+    tensors = load_file(tmp_path / "model.safetensors") | {"model.embed_tokens.weight": torch.zeros(8, 8).to(dtype)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.embed_tokens\.weight in .* is of no layer that gptq explains"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 def test_the_old_key_of_compressed_tensors_is_read(key: str, tmp_path: Path) -> None:
     write_case(tmp_path, tensors_of(GOLDEN / "compressed_tensors.safetensors", CASE), compressed(), key)
