@@ -10,15 +10,15 @@ the layers' own outputs, and exact for all calibration tokens: tr(D H D^T).
 The scale search is Section 3.2, equations 4 and 5, of the paper; the clip search is only in the authors' code.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quantease.grid import Grid, GridSpec
+from quantease.grids.scale_formats import FP16
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, objective
 from quantease.normal_scale import at_normal_scale
-from quantease.scales import storable
 
 # The sizes of inputs that scales are made of are clamped: a dead input has size zero, and would get a scale of zero or,
 # with the others relative to it, an infinite one. The authors clamp at 1e-4, here it is relative to the mean, so that the
@@ -58,7 +58,7 @@ class AWQ(LayerSolver):
     def _clip(self, problem: LayerProblem, whole: Grid, spec: GridSpec) -> Grid:
         """For each row and group the range with the least error of that group's own part of the output."""
         # All groups have the same size, so sorting the columns by group gives them row by row, also in act-order.
-        columns = whole.group.argsort(stable=True).view(whole.scale.shape[1], -1)  # (groups, group_size)
+        columns = whole.group.argsort(stable=True).view(whole.groups, -1)  # (groups, group_size)
         within = problem.hessian[columns[:, :, None], columns[:, None, :]]  # (groups, group_size, group_size)
         largest = problem.weight.abs()[:, columns].amax(-1)[:, whole.group]  # (out, in), max |w| of each weight's group
         grid, errors = whole, _group_errors(problem, whole, columns, within)
@@ -67,10 +67,10 @@ class AWQ(LayerSolver):
             bound = (1 - self.max_shrink * step / self.clip_steps) * largest
             trial = problem.fit_grid(spec, problem.weight.clamp(-bound, bound))
             trial_errors = _group_errors(problem, trial, columns, within)
-            grid = _choose(trial_errors < errors, trial, grid)
+            grid = trial.where(trial_errors < errors, grid)
             errors = torch.minimum(errors, trial_errors)
         # Each group was judged on its own, without the correlations between groups: undo it in rows whose error rose.
-        return _choose((_row_errors(problem, grid) <= _row_errors(problem, whole))[:, None], grid, whole)
+        return grid.where((_row_errors(problem, grid) <= _row_errors(problem, whole))[:, None], whole)
 
     def _best_scale(self, problem: LayerProblem, spec: GridSpec) -> Tensor:
         """The scale (in,) with the least error over all layers that share the input; the first of equals.
@@ -101,13 +101,7 @@ def _scale(mean_input: Tensor, exponent: float) -> Tensor:
     The normalization is the authors': it keeps scaled weights about as large as they were, within float16's range.
     """
     scale = mean_input.clamp(min=LEAST_INPUT * float(mean_input.mean()) + ALL_DEAD).pow(exponent)
-    return storable((scale / (scale.max() * scale.min()).sqrt()).clamp(LEAST_SCALE, LARGEST_SCALE), 16)
-
-
-def _choose(condition: Tensor, first: Grid, second: Grid) -> Grid:
-    """The grid that is `first` where `condition` (out, groups) holds and `second` elsewhere."""
-    scale, zero = torch.where(condition, first.scale, second.scale), torch.where(condition, first.zero, second.zero)
-    return replace(first, scale=scale, zero=zero)
+    return FP16.storable((scale / (scale.max() * scale.min()).sqrt()).clamp(LEAST_SCALE, LARGEST_SCALE))
 
 
 def _group_errors(problem: LayerProblem, grid: Grid, columns: Tensor, within: Tensor) -> Tensor:

@@ -60,14 +60,12 @@ class GPTQ(LayerSolver):
         values = torch.empty_like(weight)
         columns = grid.columns()
         # A per-channel grid is always that of the original weights: its group is reached before anything is compensated.
-        first = {} if self.static_groups or grid.scale.shape[1] == 1 else _first_columns(grid.group)
+        first = {} if self.static_groups or grid.groups == 1 else _first_columns(grid.group)
         for start, stop in self._blocks(len(weight), first):
             here, later = slice(start, stop), slice(stop, None)
             if start in first:
                 group = first[start]
-                grid.fit_group_(group, weight[grid.group == group].T)
-                # `columns` is a copy in the kernel's layout.
-                columns.scale[group], columns.zero[group] = grid.scale[:, group], grid.zero[:, group]
+                grid.fit_group_(group, weight[grid.group == group].T, columns)
             run_block(values[here], weight[here], coupling[here, here], columns[here])
             # weight[here] now holds the changes of the block; all later columns get their compensation in one product.
             weight[later].addmm_(coupling[here, later].T, weight[here], alpha=-1)

@@ -15,12 +15,14 @@ from torch import Tensor
 from baselines.spqr_groups import quantize_statistics, weight_range, without_outliers
 from quantease.act_order import ActOrder
 from quantease.cholesky import damping_notes, inverse_factor
-from quantease.grid import Grid, GridSpec
+from quantease.grid import GridSpec
+from quantease.grids.scale_formats import float_format
+from quantease.grids.uniform import UniformGrid
 from quantease.kernels import Columns, run_block
 from quantease.kernels.plain import nearest_codes, nearest_values
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from quantease.normal_scale import at_normal_scale
-from quantease.scales import least_error_range, storable
+from quantease.scales import least_error_range
 from quantease.sparse import Outliers
 
 SMALLEST = 1e-9  # takes the place of a scale that the second level rounds to zero (in the authors' code, too)
@@ -146,7 +148,7 @@ class SpQR(LayerSolver):
             zeros.append(zero)
         group = torch.arange(weight.shape[1], device=weight.device) // group_size
         stored = self._bits_per_group(len(weight), spec)
-        grid = Grid(spec, torch.stack(scales, 1), torch.stack(zeros, 1), group, stored_bits_per_group=stored)
+        grid = UniformGrid(spec, torch.stack(scales, 1), torch.stack(zeros, 1), group, stored_bits_per_group=stored)
         return QuantizedLayer(codes.T.contiguous(), grid, _outliers(values.T, kept.T, codes.T, grid))
 
     def _fit(self, group: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
@@ -172,7 +174,7 @@ def _encode(values: Tensor, scale: Tensor, zero: Tensor, limit: Tensor, spec: Gr
     return nearest_codes(torch.where(kept, 0.0, values), scale, zero, spec.max_code), kept
 
 
-def _outliers(values: Tensor, kept: Tensor, codes: Tensor, grid: Grid) -> Outliers | None:
+def _outliers(values: Tensor, kept: Tensor, codes: Tensor, grid: UniformGrid) -> Outliers | None:
     """The kept weights in 16 bits (32 where scales have 32), less what their codes stand for, to which they are added.
 
     Zero need not be a value of SpQR's grids (their zero points are fractional), so the difference is not the weight.
@@ -182,7 +184,7 @@ def _outliers(values: Tensor, kept: Tensor, codes: Tensor, grid: Grid) -> Outlie
         return None
     group = grid.group[columns]
     beside = grid.scale[rows, group] * (codes[rows, columns] - grid.zero[rows, group])
-    kept_values = storable(values[rows, columns], grid.spec.scale_bits)
+    kept_values = float_format(grid.spec.scale_bits).storable(values[rows, columns])
     return Outliers(rows, columns, kept_values - beside, value_bits=grid.spec.scale_bits)
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from quantease.conditioning import damp_rank_deficient
 from quantease.grid import Grid, GridSpec
-from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
+from quantease.grids.uniform import UniformGrid
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported
 from quantease.normal_scale import at_normal_scale
 from quantease.refit import refit
 from quantease.sweeps import Convergence, Residual, hessian_with_positive_diagonal, sweep
@@ -130,6 +131,8 @@ class QuantEase(LayerSolver):
             if may_stop and convergence.reached():
                 break
         for _ in range(self.grid_refits):
+            if not isinstance(grid, UniformGrid):
+                raise Unsupported("scales are solved for given codes on the int grid alone: take grid_refits=0")
             # The Hessian without the unit curvature that sweeps give to dead inputs: with it, their weights would pull at
             # the scale.
             grid = refit(w_hat, target, residual, damped, grid)

@@ -85,8 +85,8 @@ class LayerProblem:
         """
         weight = self.weight if weight is None else weight
         if self.order is None:
-            return Grid.fit(weight, spec)
-        return Grid.fit(weight[:, self.order.argsort()], spec).permuted(self.order)
+            return spec.fit(weight)
+        return spec.fit(weight[:, self.order.argsort()]).permuted(self.order)
 
     @cached_property
     def energy(self) -> float:
@@ -164,7 +164,7 @@ class QuantizedLayer:
         """
         if self.outliers is not None:
             raise ValueError("outliers are chosen among all rows: this answer cannot be divided")
-        return replace(self, codes=self.codes[rows], grid=self.grid.select_rows(rows))
+        return replace(self, codes=self.codes[rows], grid=self.grid.of_rows(rows))
 
     def permuted(self, order: Tensor) -> "QuantizedLayer":
         """The same answer with its input columns in another order."""
@@ -219,12 +219,11 @@ def join_rows(parts: Sequence[QuantizedLayer]) -> QuantizedLayer:
         return first
     # Slices of unusual scale have powers of two of their own. Scales, float32 here, take up the difference exactly.
     exponent = max(part.exponent for part in parts)
-    scale = torch.cat([part.grid.scale * 2.0 ** (part.exponent - exponent) for part in parts])
-    zero = torch.cat([part.grid.zero for part in parts])
+    exponents = [part.exponent - exponent for part in parts]
     return replace(
         first,
         codes=torch.cat([part.codes for part in parts]),
-        grid=replace(first.grid, scale=scale, zero=zero),
+        grid=first.grid.stacked([part.grid for part in parts[1:]], exponents),
         exponent=exponent,
         damping_raised=any(part.damping_raised for part in parts),
         notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),

@@ -18,9 +18,9 @@ from torch import Tensor
 from quantease.conditioning import damp_rank_deficient
 from quantease.coordinate_descent import Schedule
 from quantease.grid import Grid, GridSpec
+from quantease.grids.scale_formats import float_format
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from quantease.normal_scale import at_normal_scale
-from quantease.scales import storable
 from quantease.sparse import Outliers
 from quantease.sweeps import Convergence, Residual, hessian_with_positive_diagonal, sweep
 
@@ -123,7 +123,7 @@ class OutlierQuantEase(LayerSolver):
         rows, columns = kept.nonzero(as_tuple=True)
         if not len(rows):
             return QuantizedLayer(codes, grid, history=history)
-        values = storable(whole[rows, columns], grid.spec.scale_bits)
+        values = float_format(grid.spec.scale_bits).storable(whole[rows, columns])
         return QuantizedLayer(
             codes, grid, Outliers(rows, columns, values, self.structured, grid.spec.scale_bits), history=history
         )

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantease.grid import Grid
-from quantease.scales import storable
+from quantease.grids.scale_formats import float_format
+from quantease.grids.uniform import UniformGrid
 from quantease.sweeps import Residual
 
 ZERO_BITS = 16  # a zero point that is solved for is fractional, so it is stored in float16 and not as a code
@@ -21,7 +21,7 @@ FLOAT16_LARGEST = (
 SINGULAR = 1e-6  # of a c: less than this is left of the determinant a c - b^2 by the rounding of float32 sums alone
 
 
-def refit(w_hat: Tensor, target: Tensor, residual: Residual, hessian: Tensor, grid: Grid) -> Grid:
+def refit(w_hat: Tensor, target: Tensor, residual: Residual, hessian: Tensor, grid: UniformGrid) -> UniformGrid:
     """Solve the scale and zero point of every row and group; no row's error rises.
 
     Args:
@@ -103,11 +103,11 @@ def _as_stored(scale: Tensor, zero: Tensor, change: Tensor, offset: Tensor, bits
     makes up for what its rounding loses of the offset. Scales that came out far below zero are cut to -1: finite in
     float16 and still negative, by which the caller knows to refuse them.
     """
-    new_scale = storable((scale + change).clamp(min=-1.0, max=FLOAT16_LARGEST).to(scale.dtype), bits)
+    new_scale = float_format(bits).storable((scale + change).clamp(min=-1.0, max=FLOAT16_LARGEST).to(scale.dtype))
     # o / 0 is infinite or not a number, and such a row is refused for its scale: any finite zero point will do.
     shift = (offset / new_scale).to(zero.dtype).nan_to_num(0.0, 0.0, 0.0)
     new_zero = zero - shift.clamp(-FLOAT16_LARGEST, FLOAT16_LARGEST)
-    return new_scale, storable(new_zero, max(ZERO_BITS, bits))
+    return new_scale, float_format(max(ZERO_BITS, bits)).storable(new_zero)
 
 
 def _span(rows: Tensor) -> slice:

@@ -1,4 +1,4 @@
-"""How the scale and zero point of a grid group are found from its weights, and the formats that they are stored in."""
+"""How the scale and zero point of a group of the uniform grid are found from its weights."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -11,8 +11,6 @@ from quantease.kernels.plain import nearest_values
 if TYPE_CHECKING:
     from quantease.grid import GridSpec
 
-FLOAT16_NORMAL = 2.0**-14  # the smallest float16 with all 11 bits: below it a scale loses some
-FLOAT16_SMALLEST = 2.0**-24  # the smallest positive float16 (a subnormal one)
 SHRINKS = [
     1 - step / 100 for step in range(80)
 ]  # 1, 0.99, ... 0.21 of the range: grid=100, maxshrink=0.8 of GPTQ's code
@@ -30,7 +28,7 @@ def fit_range(grouped: Tensor, spec: "GridSpec", shrink: float) -> tuple[Tensor,
     if spec.symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    scale = storable((high - low) / spec.max_code, spec.scale_bits).clamp(min=smallest_scale(spec.scale_bits))
+    scale = spec.scale_format.storable((high - low) / spec.max_code).clamp(min=spec.scale_format.smallest)
     scale = torch.where(low == high, 1.0, scale)  # an all-zero group: any positive scale represents it
     middle = torch.full_like(scale, (spec.max_code + 1) / 2)
     # The zero point is found from the scale as it is stored, so that it is right for the grid that is used. The clamp
@@ -59,22 +57,3 @@ def least_error_range(
         least = torch.where(better, error, least)
         scale, zero = torch.where(better, trial_scale, scale), torch.where(better, trial_zero, zero)
     return scale, zero
-
-
-def smallest_scale(bits: int) -> float:
-    """The smallest scale in 16 (float16) or 32 bits. No scale is rounded to zero, as weights are divided by it."""
-    return FLOAT16_SMALLEST if bits == 16 else torch.finfo(torch.float32).tiny
-
-
-def storable(values: Tensor, bits: int) -> Tensor:
-    """`values` as they are stored in `bits` bits, 16 (float16) or 32.
-
-    Everything is computed with the stored values, so that what is measured is what a checkpoint would give.
-
-    Raises:
-        ValueError: a value is not finite, or too large for float16.
-    """
-    stored = values.half().to(values.dtype) if bits == 16 else values
-    if not torch.isfinite(stored).all():
-        raise ValueError("a scale is not finite in float16: take scale_bits=32, or look for infinite or NaN weights")
-    return stored

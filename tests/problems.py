@@ -32,10 +32,12 @@ def best_codes(problem: LayerProblem, grid: Grid) -> Tensor:
     """The codes that minimize the objective, by trying all of them; for a handful of columns."""
     count = problem.weight.shape[1]
     choices = torch.tensor(list(itertools.product(range(grid.spec.max_code + 1), repeat=count)), dtype=torch.uint8)
+    codes = range(grid.spec.max_code + 1)
+    values = torch.stack([grid.decode(torch.full(problem.weight.shape, code, dtype=torch.uint8)) for code in codes])
     best = []
     for row in range(len(problem.weight)):
-        scale, zero = grid.scale[row, grid.group], grid.zero[row, grid.group]
-        difference = (problem.weight[row] - scale * (choices - zero)).double()
+        chosen = values[choices.long(), row, torch.arange(count)]  # (choices, in)
+        difference = (problem.weight[row] - chosen).double()
         errors = torch.einsum("ci,ij,cj->c", difference, problem.hessian.double(), difference)
         best.append(choices[errors.argmin()])
     return torch.stack(best)

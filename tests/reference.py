@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from quantease.grid import Grid
+from quantease.grids.uniform import UniformGrid
 from quantease.layer import LayerProblem
 
 
 def round_column(grid: Grid, values: Tensor, column: int) -> Tensor:
     """q_i of the papers: the nearest grid point, for one column (out,)."""
+    assert isinstance(grid, UniformGrid)
     scale = grid.scale[:, grid.group[column]].double()
     zero = grid.zero[:, grid.group[column]].double()
     return scale * ((torch.round(values / scale) + zero).clamp(0, grid.spec.max_code) - zero)
@@ -39,6 +41,7 @@ def gptq(problem: LayerProblem, grid: Grid, damping: float, refit: bool = False)
     Gaussian elimination: no Cholesky factor, no blocks. With `refit` a group's grid is fitted to the weights as they are
     when its first column comes up.
     """
+    assert isinstance(grid, UniformGrid)
     met: set[int] = set()
     w = problem.weight.double().clone()
     h = problem.hessian.double().clone()
@@ -47,7 +50,7 @@ def gptq(problem: LayerProblem, grid: Grid, damping: float, refit: bool = False)
     for j in range(w.shape[1]):
         group = int(grid.group[j])
         if refit and group not in met:
-            mine = Grid.fit(w[:, grid.group == group], replace(grid.spec, group_size=None))
+            mine = UniformGrid.fit(w[:, grid.group == group], replace(grid.spec, group_size=None))
             grid.scale[:, group], grid.zero[:, group] = mine.scale[:, 0].to(grid.scale), mine.zero[:, 0].to(grid.zero)
         met.add(group)
         error = (w[:, j] - round_column(grid, w[:, j], j)) / inverse[j, j]

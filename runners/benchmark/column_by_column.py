@@ -1,6 +1,6 @@
 """QuantEase one column at a time, as its authors' release does it: what the benchmark measures our sweeps against."""
 
-from quantease.grid import Grid
+from quantease.grids.uniform import UniformGrid
 from quantease.layer import LayerProblem
 
 
@@ -19,7 +19,7 @@ class ColumnByColumn:
         w_hat: (out, in), the solution so far; it starts as the unquantized weight.
     """
 
-    def __init__(self, problem: LayerProblem, grid: Grid) -> None:
+    def __init__(self, problem: LayerProblem, grid: UniformGrid) -> None:
         self.scale, self.zero, self.max_code = grid.scale[:, 0], grid.zero[:, 0], grid.spec.max_code
         self.sigma = problem.hessian / problem.hessian.diagonal()  # column j divided by Sigma_jj
         self.p = problem.weight @ self.sigma  # (out, in): W X X^T, its own column included

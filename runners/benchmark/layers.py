@@ -10,6 +10,7 @@ from baselines.gptq import GPTQ
 from quantease import sweeps
 from quantease.coordinate_descent import QuantEase
 from quantease.grid import GridSpec
+from quantease.grids.uniform import UniformGrid
 from quantease.layer import LayerProblem
 from runners.benchmark.column_by_column import ColumnByColumn
 from runners.benchmark.machine import Rates, seconds
@@ -92,7 +93,7 @@ def _sweep(problem: LayerProblem, device: torch.device) -> tuple[float, bool]:
 
 def _column_by_column(problem: LayerProblem, device: torch.device) -> float:
     """Seconds of the same sweep in the form of the authors' release, in proportion to the columns that were timed."""
-    slow = ColumnByColumn(problem, problem.fit_grid(SPEC))
+    slow = ColumnByColumn(problem, UniformGrid.fit(problem.weight, SPEC))
     count = problem.weight.shape[1]
     columns = min(COLUMNS, count)
     return seconds(lambda: slow.sweep(True, columns), device, repeats=1) * count / columns

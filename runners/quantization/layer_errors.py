@@ -10,7 +10,7 @@ The first two are ratios of sums, so tokens with large inputs decide them; the t
 import torch
 from torch import Tensor
 
-from quantease.grid import Grid, GridSpec
+from quantease.grid import GridSpec
 from quantease.layer import objective
 
 
@@ -54,5 +54,5 @@ def token_error(original: Tensor, written: Tensor, tokens: Tensor, slices: int =
 
 def rounding_error(weight: Tensor, dtype: torch.dtype, spec: GridSpec, hessian: Tensor, slices: int = 1) -> float:
     """The relative error of rounding to nearest on a grid, as a model of `dtype` would have it."""
-    grid = Grid.fit(weight, spec)
+    grid = spec.fit(weight)
     return relative_error(weight, grid.decode(grid.encode(weight)).to(dtype), hessian, slices)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantease.grid import Grid, GridSpec
+from quantease.grid import GridSpec
+from quantease.grids.uniform import UniformGrid
 from quantease.layer import QuantizedLayer
 from quantease.sparse import Outliers
 
@@ -76,9 +77,7 @@ def unpack(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Qu
 def _tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
     tensors = {
         "codes": pack_codes(layer.codes, layer.grid.spec.bits),
-        "scale": layer.grid.scale,
-        "zero": layer.grid.zero,
-        "group": layer.grid.group.to(torch.int32),
+        **layer.grid.to_tensors(),
     }
     if layer.column_scale is not None:
         tensors["column_scale"] = layer.column_scale
@@ -95,7 +94,7 @@ def _words(layer: QuantizedLayer) -> dict[str, Any]:
         "tensors": list(_tensors(layer)),
         "shape": list(layer.codes.shape),
         "grid": asdict(layer.grid.spec),
-        "stored_bits_per_group": layer.grid.stored_bits_per_group,
+        "stored_bits_per_group": layer.grid.stored_bits_per_group if isinstance(layer.grid, UniformGrid) else None,
         "outliers": outliers and {"whole_columns": outliers.whole_columns, "value_bits": outliers.value_bits},
     }
     # Only where there is one, so that the files of all other layers, and their digests, are what they have always been.
@@ -105,7 +104,7 @@ def _words(layer: QuantizedLayer) -> dict[str, Any]:
 def _layer(tensors: dict[str, Tensor], words: dict[str, Any]) -> QuantizedLayer:
     codes = unpack_codes(tensors["codes"], tuple(words["shape"]))
     spec, stored_bits = GridSpec(**words["grid"]), words["stored_bits_per_group"]
-    grid = Grid(spec, tensors["scale"], tensors["zero"], tensors["group"].long(), stored_bits)
+    grid = UniformGrid.from_tensors(tensors, spec, stored_bits)
     outliers = None
     if words["outliers"] is not None:
         places = (tensors["outlier_rows"].long(), tensors["outlier_columns"].long())

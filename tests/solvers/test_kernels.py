@@ -12,7 +12,8 @@ from baselines.spqr import SpQR
 from quantease import kernels
 from quantease.act_order import ActOrder
 from quantease.coordinate_descent import QuantEase
-from quantease.grid import Grid, GridSpec
+from quantease.grid import GridSpec
+from quantease.grids.uniform import UniformGrid
 from quantease.kernels import Columns, cpu, plain
 from quantease.layer import LayerSolver
 from tests.conftest import missing
@@ -81,7 +82,7 @@ def block(spec: GridSpec, columns: int = 72, out: int = 37, seed: int = 0) -> tu
     x = torch.randn(200, columns, generator=g) * torch.logspace(0, -1, columns)
     hessian = x.T @ x / 200
     work = 0.3 * torch.randn(columns, out, generator=g) * hessian.diagonal()[:, None]
-    return weight.T.contiguous(), work, hessian, Grid.fit(weight, spec).columns()
+    return weight.T.contiguous(), work, hessian, UniformGrid.fit(weight, spec).columns()
 
 
 def same(first: Tensor, second: Tensor) -> None:

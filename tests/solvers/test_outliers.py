@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantease.coordinate_descent import QuantEase
 from quantease.grid import Grid, GridSpec
+from quantease.grids.uniform import UniformGrid
 from quantease.layer import LayerProblem, objective
 from quantease.outliers import SAFETY, OutlierQuantEase, largest_eigenvalue
 from tests import reference
@@ -135,6 +136,7 @@ def test_distance_to_the_optimum_over_all_supports_and_codes(capsys: pytest.Capt
 
 def best_with_one_outlier(problem: LayerProblem, grid: Grid) -> float:
     """The least error over the place of the outlier, its value, and all codes of the others."""
+    assert isinstance(grid, UniformGrid)
     h, w = problem.hessian.double(), problem.weight[0].double()
     codes = torch.tensor(list(itertools.product(range(4), repeat=4)))
     errors: list[Tensor] = []

@@ -10,6 +10,7 @@ from torch import Tensor
 from baselines.spqr import SpQR
 from baselines.spqr_groups import weight_range
 from quantease.grid import GridSpec
+from quantease.grids.uniform import UniformGrid
 from quantease.kernels.plain import nearest_values
 from quantease.scales import least_error_range
 from tests.problems import random_problem, with_dead_columns
@@ -148,6 +149,7 @@ def test_the_runs_group_size_takes_the_place_of_its_own() -> None:
 def test_symmetric_grids_store_no_zero_points() -> None:
     answer = SpQR(threshold=math.inf, act_order=False).solve(random_problem(32, 128), GridSpec(3, symmetric=True))
     assert answer.bits_per_weight == 3 + 3 / 16 + 32 / 256
+    assert isinstance(answer.grid, UniformGrid)
     assert answer.grid.zero.eq(4).all()
 
 
