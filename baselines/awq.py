@@ -65,7 +65,7 @@ class AWQ(LayerSolver):
         for step in range(1, self.clip_steps):
             # The grid is fitted to clipped weights, but errors are those of the whole weights on it.
             bound = (1 - self.max_shrink * step / self.clip_steps) * largest
-            trial = problem.fit_grid(spec, problem.weight.clamp(-bound, bound))
+            trial = problem.fit_grid(spec, problem.weight.clamp(-bound, bound), like=whole)
             trial_errors = _group_errors(problem, trial, columns, within)
             grid = trial.where(trial_errors < errors, grid)
             errors = torch.minimum(errors, trial_errors)

@@ -20,7 +20,7 @@ from quantease.grids.scale_formats import float_format
 from quantease.grids.uniform import UniformGrid
 from quantease.kernels import Columns, run_block
 from quantease.kernels.plain import nearest_codes, nearest_values
-from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported
 from quantease.normal_scale import at_normal_scale
 from quantease.scales import least_error_range
 from quantease.sparse import Outliers
@@ -71,6 +71,10 @@ class SpQR(LayerSolver):
 
     @at_normal_scale
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
+        if spec.format is not None:
+            raise Unsupported(
+                f"SpQR quantizes its scales and zero points itself, and {spec.format.name} has its own: take grid=int"
+            )
         if self.act_order:
             return ActOrder(replace(self, act_order=False)).solve(problem, spec)
         factor, damping = inverse_factor(problem, self.damping)  # U, upper triangular, H^-1 = U^T U

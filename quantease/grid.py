@@ -11,6 +11,7 @@ from typing import Protocol, Self
 
 from torch import Tensor
 
+from quantease.grids.levels import LevelFormat, LevelGrid
 from quantease.grids.scale_formats import ScaleFormat, float_format
 from quantease.grids.uniform import UniformGrid
 from quantease.kernels import Columns
@@ -103,6 +104,8 @@ class GridSpec:
         group_size: input columns that share a scale; None: the whole output row does (per-channel).
         symmetric: the zero point is the middle code and is not stored.
         scale_bits: 16 rounds the scales to float16, as they are stored; 32 keeps float32.
+        format: levels to look up instead of whole codes, as NF4; it says what the other settings must be. None: the
+            uniform grid.
         range: `minmax` covers all weights of a group, `mse` the part of that range with the least rounding error.
 
     Raises:
@@ -114,6 +117,7 @@ class GridSpec:
     symmetric: bool = False
     scale_bits: int = 16
     range: str = "minmax"
+    format: LevelFormat | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -124,10 +128,12 @@ class GridSpec:
             raise ValueError(f"scale_bits must be 16 or 32, not {self.scale_bits}")
         if self.range not in ("minmax", "mse"):
             raise ValueError(f"grid_range must be minmax or mse, not {self.range}")
+        if self.format is not None:
+            self.format.check(self)
 
     @property
     def max_code(self) -> int:
-        return 2**self.bits - 1
+        return 2**self.bits - 1 if self.format is None else len(self.format.levels) - 1
 
     @property
     def bits_per_group(self) -> float:
@@ -150,12 +156,24 @@ class GridSpec:
     @property
     def scale_format(self) -> ScaleFormat:
         """What scales are stored in."""
-        return float_format(self.scale_bits)
+        return float_format(self.scale_bits) if self.format is None else self.format.scale_format(self)
 
-    def fit(self, weight: Tensor) -> Grid:
+    @property
+    def rows_independent(self) -> bool:
+        """Whether the grid of a row does not depend on the other rows."""
+        return self.format is None or not self.format.scales_of_tensor
+
+    def fit(self, weight: Tensor, like: Grid | None = None) -> Grid:
         """The grid of `weight` (out, in); zero is always one of its values.
+
+        Args:
+            weight: whose columns are those of the layer, in their order.
+            like: a grid of the same layer that the new one can be mixed with (`Grid.where`): where scales are stored times
+                one number of the layer, it is this grid's.
 
         Raises:
             ValueError: the group size does not divide the number of columns, or a scale exceeds float16.
         """
-        return UniformGrid.fit(weight, self)
+        if self.format is None:
+            return UniformGrid.fit(weight, self)
+        return LevelGrid.fit(weight, self, self.format, like.tensor_scale if isinstance(like, LevelGrid) else None)

@@ -77,16 +77,16 @@ class LayerProblem:
             siblings=tuple(weight * scale for weight in self.siblings),
         )
 
-    def fit_grid(self, spec: GridSpec, weight: Tensor | None = None) -> Grid:
-        """The grid of the weight, or of another `weight` with the columns in the same order.
+    def fit_grid(self, spec: GridSpec, weight: Tensor | None = None, like: Grid | None = None) -> Grid:
+        """The grid of the weight, or of another `weight` with the columns in the same order; `like`: see `GridSpec.fit`.
 
         A grid group holds neighboring columns of the layer, in whatever order the columns of the problem are: they are
         put back in place, fitted, and permuted again.
         """
         weight = self.weight if weight is None else weight
         if self.order is None:
-            return spec.fit(weight)
-        return spec.fit(weight[:, self.order.argsort()]).permuted(self.order)
+            return spec.fit(weight, like)
+        return spec.fit(weight[:, self.order.argsort()], like).permuted(self.order)
 
     @cached_property
     def energy(self) -> float:

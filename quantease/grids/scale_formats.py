@@ -73,7 +73,7 @@ class ScaleFormat:
         if self.bits != 8:
             return stored
         if self is E8M0:
-            return torch.ldexp(torch.ones((), device=stored.device), stored.to(torch.int32) - E8M0_BIAS)
+            return torch.ldexp(torch.ones(stored.shape, device=stored.device), stored.to(torch.int32) - E8M0_BIAS)
         return stored.view(torch.float8_e4m3fn).float()
 
 

@@ -23,15 +23,19 @@ class Columns:
 
     Attributes:
         scale: (groups, out), positive.
-        zero: (groups, out); may be fractional.
+        zero: (groups, out); may be fractional. Not looked at where there are levels.
         group: (block,), int32, the row of `scale` and `zero` that belongs to each column.
         max_code: codes are 0 to `max_code`.
+        levels: (max_code + 1,), in rising order: a value is scale * level. None: it is scale * (code - zero).
+        thresholds: (max_code,), what a value over its scale must exceed for each level but the lowest.
     """
 
     scale: Tensor
     zero: Tensor
     group: Tensor
     max_code: int
+    levels: Tensor | None = None
+    thresholds: Tensor | None = None
 
     def __getitem__(self, part: slice) -> "Columns":
         """The grid of some of the columns."""

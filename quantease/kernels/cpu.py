@@ -42,15 +42,16 @@ def run_block(
         values.numpy(),
         work.numpy(),
         coupling.numpy(),
-        *((NO_GRID, NO_GRID, NO_GROUP, 0) if columns is None else _arrays(columns)),
+        *((NO_GRID, NO_GRID, NO_GROUP, 0, NONE, NONE) if columns is None else _arrays(columns)),
         NONE if curvature is None else curvature.numpy(),
         NONE if limit is None else limit.numpy(),
         threads,
     )
 
 
-def _arrays(columns: "Columns") -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    return columns.scale.numpy(), columns.zero.numpy(), columns.group.numpy(), columns.max_code
+def _arrays(columns: "Columns") -> tuple[np.ndarray, np.ndarray, np.ndarray, int, np.ndarray, np.ndarray]:
+    levels, thresholds = (NONE if table is None else table.numpy() for table in (columns.levels, columns.thresholds))
+    return columns.scale.numpy(), columns.zero.numpy(), columns.group.numpy(), columns.max_code, levels, thresholds
 
 
 def _compiled(**options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -71,20 +72,38 @@ def _compiled(**options: Any) -> Callable[[Callable[..., None]], Callable[..., N
 
 
 @_compiled(parallel=True)
-def _run(values, work, coupling, scale, zero, group, max_code, curvature, limit, threads):
+def _run(values, work, coupling, scale, zero, group, max_code, levels, thresholds, curvature, limit, threads):
     rows = values.shape[1]
     parts = (rows + ROWS * threads - 1) // (ROWS * threads) * threads  # equally many parts for each thread
     size = ((rows + parts - 1) // parts + VECTOR - 1) // VECTOR * VECTOR  # rows of a part, in whole vectors
     for part in numba.prange((rows + size - 1) // size):
         first = part * size
         count = min(size, rows - first)
-        _run_rows(values, work, coupling, scale, zero, group, max_code, curvature, limit, first, count)
+        _run_rows(
+            values, work, coupling, scale, zero, group, max_code, levels, thresholds, curvature, limit, first, count
+        )
 
 
 @_compiled()
-def _run_rows(values, work, coupling, scale, zero, group, max_code, curvature, limit, first, count):
+def _look_up(target, scale, levels, thresholds, change, count):
+    """The nearest level times the scale: see plain.nearest_level_codes. A comparison and a choice for each threshold."""
+    scaled = np.empty(ROWS, np.float32)
+    for r in range(count):
+        scaled[r] = target[r] / scale[r]
+        change[r] = levels[0]
+    for code in range(len(thresholds)):
+        threshold, level = thresholds[code], levels[code + 1]
+        for r in range(count):
+            change[r] = level if scaled[r] > threshold else change[r]
+    for r in range(count):
+        change[r] *= scale[r]
+
+
+@_compiled()
+def _run_rows(values, work, coupling, scale, zero, group, max_code, levels, thresholds, curvature, limit, first, count):
     block = values.shape[0]
-    descends, rounds, keeps = len(curvature) > 0, len(group) > 0, len(limit) > 0
+    descends, keeps, looks_up = len(curvature) > 0, len(limit) > 0, len(levels) > 0
+    rounds = len(group) > 0 and not looks_up
     last = first + count
     target, change = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
     for j in range(block):
@@ -106,6 +125,8 @@ def _run_rows(values, work, coupling, scale, zero, group, max_code, curvature, l
                 code = np.rint(target[r] / s[r] + fraction)
                 code = min(max(code, -lowest), np.float32(max_code) - lowest)
                 change[r] = (code - fraction) * s[r]
+        if looks_up:
+            _look_up(target, scale[group[j], first:last], levels, thresholds, change, count)
         if keeps:
             for r in range(count):
                 error = target[r] - change[r]

@@ -82,6 +82,8 @@ def _launch(
         unread if columns is None else columns.scale,
         unread if columns is None else columns.zero,
         unread if columns is None else columns.group,
+        unread if columns is None or columns.levels is None else columns.levels,
+        unread if columns is None or columns.thresholds is None else columns.thresholds,
         unread if curvature is None else curvature,
         unread if limit is None else limit,
         block,
@@ -93,6 +95,7 @@ def _launch(
         0.0 if columns is None else float(columns.max_code),
         rounds=columns is not None,
         per_channel=columns is None or len(columns.scale) == 1,
+        thresholds=0 if columns is None or columns.thresholds is None else len(columns.thresholds),
         descends=curvature is not None,
         keeps=limit is not None,
         ROWS=ROWS,
@@ -108,6 +111,15 @@ def _round_to_even(x):
     1.5 * 2^23 plus x has no bits left for a fraction, and the addition rounds to even. Triton has no such rounding itself.
     """
     return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _nearest_level(scaled, levels_ptr, thresholds_ptr, thresholds: tl.constexpr):
+    """The level above the last threshold that `scaled` exceeds, the lowest one where it exceeds none."""
+    level = tl.zeros_like(scaled) + tl.load(levels_ptr)
+    for code in range(thresholds):
+        level = tl.where(scaled > tl.load(thresholds_ptr + code), tl.load(levels_ptr + code + 1), level)
+    return level
 
 
 @triton.jit
@@ -150,7 +162,8 @@ SIZES = ["block", "rows", "values_stride", "work_stride", "coupling_stride", "gr
 
 
 # Constants (tl.constexpr), of which each combination is compiled once: `rounds`, whether there is a grid; `per_channel`,
-# whether a row has one scale, which then stays in a register; `descends`, coordinate descent (True) or error feedback;
+# whether a row has one scale, which then stays in a register; `thresholds`, how many there are between levels, 0 where
+# codes are whole numbers; `descends`, coordinate descent (True) or error feedback;
 # `keeps`, whether weights beyond a limit stay unrounded; ROWS and STRIP, as tuples and tiles need constant sizes.
 @triton.jit(do_not_specialize=SIZES)
 def _run(
@@ -160,6 +173,8 @@ def _run(
     scale_ptr,
     zero_ptr,
     group_ptr,
+    levels_ptr,
+    thresholds_ptr,
     curvature_ptr,
     limit_ptr,
     block,
@@ -171,6 +186,7 @@ def _run(
     max_code,
     rounds: tl.constexpr,
     per_channel: tl.constexpr,
+    thresholds: tl.constexpr,
     descends: tl.constexpr,
     keeps: tl.constexpr,
     ROWS: tl.constexpr,  # noqa: N803
@@ -222,13 +238,16 @@ def _run(
                     group = tl.load(group_ptr + here, mask=here < block, other=0) * grid_stride + row
                     scale = tl.load(scale_ptr + group, mask=alive, other=1.0)
                     zero = tl.load(zero_ptr + group, mask=alive, other=0.0)
-                lowest = tl.floor(zero)
-                fraction = zero - lowest
-                code = tl.div_rn(target, scale) + fraction
-                # Cut to where the rounding is right. Codes are further in: |zero| is at most 6e4 (quantease/refit.py).
-                code = _round_to_even(tl.minimum(tl.maximum(code, -100000.0), 100000.0))
-                code = tl.minimum(tl.maximum(code, -lowest), max_code - lowest)
-                new = (code - fraction) * scale
+                if thresholds > 0:
+                    new = _nearest_level(tl.div_rn(target, scale), levels_ptr, thresholds_ptr, thresholds) * scale
+                else:
+                    lowest = tl.floor(zero)
+                    fraction = zero - lowest
+                    code = tl.div_rn(target, scale) + fraction
+                    # Cut to where the rounding is right. Codes are further in: |zero| is at most 6e4 (quantease/refit.py).
+                    code = _round_to_even(tl.minimum(tl.maximum(code, -100000.0), 100000.0))
+                    code = tl.minimum(tl.maximum(code, -lowest), max_code - lowest)
+                    new = (code - fraction) * scale
             if keeps:
                 error = target - new
                 new = tl.where(error * error > tl.load(limit_ptr + here, mask=here < block, other=0.0), target, new)

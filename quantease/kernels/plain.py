@@ -32,6 +32,9 @@ def run_block(
 def round_column(target: Tensor, columns: "Columns", j: int) -> Tensor:
     """The nearest grid points to `target` (out,) for column j of the block."""
     group = int(columns.group[j])
+    if columns.levels is not None and columns.thresholds is not None:
+        codes = nearest_level_codes(target, columns.scale[group], columns.thresholds)
+        return columns.levels[codes] * columns.scale[group]
     return nearest_values(target, columns.scale[group], columns.zero[group], columns.max_code)
 
 
@@ -44,6 +47,11 @@ def nearest_values(target: Tensor, scale: Tensor, zero: Tensor, max_code: int) -
 def nearest_codes(target: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
     """The codes of the nearest grid points, uint8."""
     return (_nearest(target, scale, zero, max_code)[0] + zero.floor()).to(torch.uint8)
+
+
+def nearest_level_codes(target: Tensor, scale: Tensor, thresholds: Tensor) -> Tensor:
+    """The codes of the nearest levels, int64: how many thresholds `target` / `scale` exceeds; shapes broadcast."""
+    return torch.bucketize((target / scale).contiguous(), thresholds)
 
 
 def _nearest(target: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> tuple[Tensor, Tensor]:

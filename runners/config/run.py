@@ -5,6 +5,7 @@ from typing import Any
 
 from quantease.act_order import ActOrder
 from quantease.grid import GridSpec
+from quantease.grids.levels import LevelFormat
 from quantease.layer import LayerSolver
 from runners.data.calibration import Calibration
 from runners.data.task_rows import task_version
@@ -57,6 +58,10 @@ class Run:
     fallback: str = field(default=FALLBACK_RTN, metadata=counts_if(lambda run: run.takes_other_fallback))
     # With method=stored: folder, GGUF file or name on the hub of the original that it is compared with.
     reference: str | None = field(default=None, metadata=counts_if(lambda run: run.reference is not None))
+    # Levels to look up in place of whole codes (conf/grid/); None: whole codes, as all grids once had.
+    grid_format: LevelFormat | None = field(
+        default=None, metadata=counts_if(lambda run: _quantizes(run) and run.grid_format is not None)
+    )
 
     def __post_init__(self) -> None:
         if self.warnings not in ("record", "error"):
@@ -90,7 +95,7 @@ class Run:
     @property
     def grid(self) -> GridSpec:
         """The grid that the method solves on."""
-        return GridSpec(*(getattr(self, name) for name in GRID))
+        return GridSpec(*(getattr(self, name) for name in GRID), format=self.grid_format)
 
     @property
     def quantizes(self) -> bool:
@@ -133,7 +138,10 @@ class Run:
         identity: dict[str, Any] = {}
         for name in identifying_fields(self):
             if name in GRID:  # one entry for all of them: digests of published results were computed so
-                identity["grid"] = identity_of(self.grid)
+                grid = identity_of(self.grid)
+                identity["grid"] = {key: value for key, value in grid.items() if key != "format"}  # grid_format has it
+            elif name == "grid_format":
+                identity[name] = self.grid.format and self.grid.format.name
             else:
                 identity[name] = identity_of(getattr(self, name))
         identity["model"]["path"] = self.model_path

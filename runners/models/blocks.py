@@ -83,6 +83,11 @@ def check_divisibility(model: Any, spec: GridSpec) -> None:
     for index, block in enumerate(decoder_blocks(model)):
         for name, layer in linear_layers(block).items():
             if not spec.divides(layer.in_features):
+                if spec.format is not None:
+                    raise InputError(
+                        f"the groups of grid={spec.format.name}, {spec.group_size} columns each, do not divide the "
+                        f"{layer.in_features} inputs of {name} in block {index}: take another grid"
+                    )
                 raise InputError(
                     f"group_size={spec.group_size} does not divide the {layer.in_features} inputs of {name} in block "
                     f"{index}: take a divisor of every layer's inputs, or group_size=null for one scale per row"

@@ -89,6 +89,10 @@ class GroupSolver:
     free_gpu: Remedy
     fallback: str = FALLBACK_RTN
 
+    @property
+    def _rows_independent(self) -> bool:
+        return self.solver.rows_independent and self.spec.rows_independent
+
     def solve(self, group: LayerGroup) -> Iterator[SolvedLayer]:
         """Quantize the layers of a group in the model, or give them the fallback.
 
@@ -130,7 +134,7 @@ class GroupSolver:
             yield replace(layer, record=replace(layer.record, notes=notes, **marks))
 
     def _solve(self, group: LayerGroup) -> Iterator[SolvedLayer]:
-        rows_independent = self.solver.rows_independent
+        rows_independent = self._rows_independent
         remedies = [self.free_gpu]  # first: moving activations changes no sum
         if rows_independent:
             remedies.append(self.memory.thinner_slices(group.rows))
@@ -160,7 +164,7 @@ class GroupSolver:
 
     def _answer(self, problem: LayerProblem, where: str) -> QuantizedLayer:
         """The method's answer, from slices of the rows where memory was short: exact, as the rows are independent."""
-        slices = self.memory.row_slices if self.solver.rows_independent else 1
+        slices = self.memory.row_slices if self._rows_independent else 1
         try:
             # A last slice may be smaller. Each part has the same Hessian, and repeats its factorization.
             parts = [replace(problem, weight=rows) for rows in problem.weight.chunk(slices)]

@@ -5,13 +5,14 @@ sparse outliers), and because the metric `checkpoint/sha256` of stored results i
 """
 
 import json
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantease.grid import GridSpec
+from quantease.grid import Grid, GridSpec
+from quantease.grids.formats import FORMATS
+from quantease.grids.levels import LevelGrid
 from quantease.grids.uniform import UniformGrid
 from quantease.layer import QuantizedLayer
 from quantease.sparse import Outliers
@@ -93,7 +94,7 @@ def _words(layer: QuantizedLayer) -> dict[str, Any]:
     words = {
         "tensors": list(_tensors(layer)),
         "shape": list(layer.codes.shape),
-        "grid": asdict(layer.grid.spec),
+        "grid": _grid_words(layer.grid.spec),
         "stored_bits_per_group": layer.grid.stored_bits_per_group if isinstance(layer.grid, UniformGrid) else None,
         "outliers": outliers and {"whole_columns": outliers.whole_columns, "value_bits": outliers.value_bits},
     }
@@ -101,10 +102,22 @@ def _words(layer: QuantizedLayer) -> dict[str, Any]:
     return words | ({"exponent": layer.exponent} if layer.exponent else {})
 
 
+def _grid_words(spec: GridSpec) -> dict[str, Any]:
+    """The request, with the name of a format if there is one: files on the uniform grid are what they have always been."""
+    words = {name: value for name, value in vars(spec).items() if name != "format"}
+    return words if spec.format is None else words | {"format": spec.format.name}
+
+
+def _grid(tensors: dict[str, Tensor], words: dict[str, Any]) -> Grid:
+    request = dict(words["grid"])
+    if (name := request.pop("format", None)) is None:
+        return UniformGrid.from_tensors(tensors, GridSpec(**request), words["stored_bits_per_group"])
+    return LevelGrid.from_tensors(tensors, GridSpec(**request, format=FORMATS[name]), FORMATS[name])
+
+
 def _layer(tensors: dict[str, Tensor], words: dict[str, Any]) -> QuantizedLayer:
     codes = unpack_codes(tensors["codes"], tuple(words["shape"]))
-    spec, stored_bits = GridSpec(**words["grid"]), words["stored_bits_per_group"]
-    grid = UniformGrid.from_tensors(tensors, spec, stored_bits)
+    grid = _grid(tensors, words)
     outliers = None
     if words["outliers"] is not None:
         places = (tensors["outlier_rows"].long(), tensors["outlier_columns"].long())

@@ -296,6 +296,7 @@ def peak_memory_gb(metrics: Mapping[str, Any]) -> float | None:
 
 CALIBRATION_NAME = "calibration.name"  # among the settings of a run
 UNCALIBRATED = "none"  # the name of the calibration of runs without any: they have no layer errors
+GRID_FORMAT = "grid_format"  # the name of the levels that a run has looked up; absent where codes are whole numbers
 OWN_GRID = "its own"
 PER_CHANNEL = "per-channel"
 UNIFORM, LENGTH_ONE = "uniform", "length_one"  # token weights
@@ -305,7 +306,7 @@ LENGTH_ONE_WORDS = "length-one tokens"
 def grid_words(metrics: Mapping[str, Any]) -> str:
     """The grid of a run in words, without its bits, and how the solver was asked to see the layer.
 
-    `group 64 symmetric act-order length-one tokens`; "" for the unquantized model.
+    `group 64 symmetric act-order length-one tokens`, `nf4 group 64`; "" for the unquantized model.
     """
     if metrics["method"] == REFERENCE:
         return ""
@@ -322,7 +323,8 @@ def grid_words(metrics: Mapping[str, Any]) -> str:
         "act-order": _present(metrics.get("act_order")),
         LENGTH_ONE_WORDS: length_one,
     }
-    return " ".join([group_words(group_size), *(word for word, is_set in flags.items() if is_set)])
+    kind = [] if (name := _present(metrics.get(GRID_FORMAT))) is None else [name]
+    return " ".join([*kind, group_words(group_size), *(word for word, is_set in flags.items() if is_set)])
 
 
 BOS_IN_EVERY_WINDOW, NO_BOS = ", BOS in every window", ", no BOS"  # how the names of protocols with such BOS end
@@ -399,6 +401,7 @@ _TEXTS = (
     TOKEN_WEIGHTS,
     FALLBACK,
     "grid_range",
+    GRID_FORMAT,
     "stage",
     "error",
     MODEL_DTYPE,

@@ -20,6 +20,7 @@ from runners.results.metrics import (
     CALIBRATION_NOTE,
     CHECKPOINT_FROM,
     FALLBACK,
+    GRID_FORMAT,
     MODEL_DTYPE,
     MODEL_NOTE,
     MODEL_PATH,
@@ -258,7 +259,8 @@ def _calibration_note(settings: Settings) -> dict[str, str]:
 def _headline(settings: Settings, inputs: RunInputs) -> str:
     what = "measuring the model as it is stored" if settings.run.is_stored else "measuring the unquantized model"
     if settings.run.quantizes:
-        grid = f"{bits_words(settings.run.bits)}, {group_words(settings.run.group_size)}"
+        kind = "" if settings.run.grid_format is None else f"{settings.run.grid_format.name}, "
+        grid = f"{kind}{bits_words(settings.run.bits)}, {group_words(settings.run.group_size)}"
         what = f"quantizing to {grid}, with {settings.run.method.name}"
         what += ", without calibration" * (settings.run.calibration is None)
     size = f"{inputs.checkpoint.parameters / 1e6:,.1f} M parameters"
@@ -279,6 +281,8 @@ def _labels(settings: Settings) -> dict[str, Any]:
     if settings.run.quantizes:
         names = ("bits", "group_size", "symmetric", "grid_range", "act_order", "seed")
         labels |= {name: getattr(settings.run, name) for name in names}
+        if settings.run.grid_format is not None:
+            labels[GRID_FORMAT] = settings.run.grid_format.name
         calibration = settings.run.calibration
         labels[CALIBRATION] = UNCALIBRATED if calibration is None else calibration.name
         if calibration is not None:

@@ -11,7 +11,16 @@ import pandas as pd
 
 from runners.config.settings import Settings
 from runners.results.layers import LayerRecord
-from runners.results.metrics import CHECKPOINT_SHA256, TOKEN_WEIGHTS, Status, bits_words, grid_words, names, ppl
+from runners.results.metrics import (
+    CHECKPOINT_SHA256,
+    GRID_FORMAT,
+    TOKEN_WEIGHTS,
+    Status,
+    bits_words,
+    grid_words,
+    names,
+    ppl,
+)
 
 # Names of charts. Both trackers sort them by name: errors of layers, then perplexities, then the rest.
 LAYER_ERROR = "layer_error/"  # + the layer's name in its block: relative errors, with the decoder block as the step
@@ -87,6 +96,8 @@ def _grid(settings: Settings) -> str:
     names = ("group_size", "symmetric", "grid_range", "act_order")
     calibration = settings.run.calibration
     labels = {"method": settings.run.method.name, TOKEN_WEIGHTS: calibration and calibration.token_weights}
+    if (kind := settings.run.grid_format) is not None:
+        labels[GRID_FORMAT] = kind.name
     return grid_words(labels | {name: getattr(settings.run, name) for name in names})
 
 

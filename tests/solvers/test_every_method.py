@@ -17,6 +17,9 @@ from baselines.spqr import SpQR
 from quantease.act_order import ActOrder
 from quantease.coordinate_descent import QuantEase
 from quantease.grid import GridSpec
+from quantease.grids.mxfp4 import MXFP4
+from quantease.grids.nf4 import NF4
+from quantease.grids.nvfp4 import NVFP4
 from quantease.grids.uniform import UniformGrid
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported
 from runners.config.command_line import check
@@ -32,6 +35,9 @@ SPECS = [
     GridSpec(3, group_size=64, symmetric=True),
     GridSpec(8, scale_bits=32),
     GridSpec(3, group_size=32, range="mse"),
+    GridSpec(4, group_size=64, format=NF4()),
+    GridSpec(4, group_size=32, format=MXFP4()),
+    GridSpec(4, group_size=16, format=NVFP4()),
 ]
 
 
@@ -191,7 +197,7 @@ def test_a_weight_of_zeros_stays_zero(solver: LayerSolver) -> None:
 
 def test_rows_are_independent(shared: LayerSolver, spec: GridSpec) -> None:
     """Methods that say so are given layers that share an input as one."""
-    if not shared.rows_independent:
+    if not (shared.rows_independent and spec.rows_independent):
         pytest.skip("does not say that it takes each row on its own")
     problem = random_problem(seed=5)
     some = replace(problem, weight=problem.weight[10:20])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from baselines.gptq import GPTQ
 from quantease.act_order import ActOrder
-from quantease.grid import GridSpec
+from quantease.grid import Grid, GridSpec
 from quantease.grids.uniform import UniformGrid
 from quantease.layer import LayerProblem, QuantizedLayer
 
@@ -32,7 +32,7 @@ class ProblemOnGrid(LayerProblem):
 
     grid: UniformGrid = field(kw_only=True)
 
-    def fit_grid(self, spec: GridSpec, weight: Tensor | None = None) -> UniformGrid:
+    def fit_grid(self, spec: GridSpec, weight: Tensor | None = None, like: Grid | None = None) -> UniformGrid:
         return self.grid if self.order is None else self.grid.permuted(self.order)
 
 
