@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantease.grids.rows import row_slices
-from quantease.grids.scale_formats import FLOAT16_NORMAL, FP16, ScaleFormat
+from quantease.grids.scale_formats import FLOAT16_NORMAL, FP16, ScaleFormat, holds
 from quantease.kernels import Columns
 from quantease.kernels.plain import nearest_level_codes
 
@@ -226,7 +226,7 @@ class LevelGrid:
         if self.tensor_scale is None:
             return {"scale": form.to_bytes(self.scale), "group": group}
         stored = form.to_bytes(form.storable(self.scale * self.tensor_scale))
-        if not torch.equal(form.from_bytes(stored) / self.tensor_scale, self.scale):
+        if not holds(form.from_bytes(stored) / self.tensor_scale == self.scale):
             raise ValueError(f"a scale is not a number of {form.name}")
         return {"scale": stored, "group": group, "tensor_scale": self.tensor_scale}
 

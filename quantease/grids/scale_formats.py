@@ -38,7 +38,7 @@ class ScaleFormat:
         if self.saturates:
             values = values.clamp(max=self.largest)  # NaN stays NaN
         stored = self._rounded(values)
-        if not torch.isfinite(stored).all():
+        if not holds(torch.isfinite(stored)):
             hint = "take scale_bits=32, or look for" if self is FP16 else "look for"
             raise ValueError(f"a scale is not finite in {self.name}: {hint} infinite or NaN weights")
         return stored
@@ -64,7 +64,7 @@ class ScaleFormat:
             stored = (torch.frexp(values).exponent - 1 + E8M0_BIAS).clamp(0, 2 * E8M0_BIAS).to(torch.uint8)
         else:
             stored = values.clamp(max=self.largest).to(torch.float8_e4m3fn).view(torch.uint8)
-        if not torch.equal(self.from_bytes(stored), values):
+        if not holds(self.from_bytes(stored) == values):
             raise ValueError(f"a scale is not a number of {self.name}")
         return stored
 
@@ -75,6 +75,11 @@ class ScaleFormat:
         if self is E8M0:
             return torch.ldexp(torch.ones(stored.shape, device=stored.device), stored.to(torch.int32) - E8M0_BIAS)
         return stored.view(torch.float8_e4m3fn).float()
+
+
+def holds(condition: Tensor) -> bool:
+    """Whether it holds everywhere. Of a tensor on the meta device, which has a size and no values, nothing else is known."""
+    return condition.is_meta or bool(condition.all())
 
 
 def _power_of_two(values: Tensor) -> Tensor:

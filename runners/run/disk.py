@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantease.grid import Grid, GridSpec
+from quantease.grid import GridSpec
+from quantease.grids.levels import LevelGrid
+from quantease.grids.uniform import UniformGrid
 from quantease.layer import QuantizedLayer
 from quantease.sparse import Outliers
 from runners.config.settings import Settings
@@ -30,7 +32,7 @@ def codes_bytes(skeleton: Any, settings: Settings, outlier_ratio: float) -> int:
     """
     run = settings.run
     group_size = run.group_size or getattr(run.method.solver, "group_size", None)  # a method may have groups of its own
-    spec = GridSpec(run.bits, group_size)
+    spec = GridSpec(run.bits, group_size, format=run.grid_format)
     shapes = [
         tuple(layer.weight.shape) for block in decoder_blocks(skeleton) for layer in linear_layers(block).values()
     ]
@@ -55,7 +57,11 @@ def _layer(shape: tuple[int, ...], spec: GridSpec, outlier_ratio: float) -> Quan
     rows, columns = shape
     group_size = min(spec.group_size or columns, columns)
     groups = -(-columns // group_size)
-    grid = Grid(spec, _empty(rows, groups), _empty(rows, groups), _empty(columns, dtype=torch.int64))
+    scale, group = _empty(rows, groups), _empty(columns, dtype=torch.int64)
+    if (kind := spec.format) is None:
+        grid = UniformGrid(spec, scale, _empty(rows, groups), group)
+    else:
+        grid = LevelGrid(spec, kind, scale, group, _empty() if kind.scales_of_tensor else None)
     count = round(outlier_ratio * rows * columns)
     place = _empty(count, dtype=torch.int64)
     outliers = Outliers(place, place, _empty(count)) if count else None
@@ -63,4 +69,4 @@ def _layer(shape: tuple[int, ...], spec: GridSpec, outlier_ratio: float) -> Quan
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -14,8 +14,9 @@ from quantease.outliers import OutlierQuantEase
 from runners.config.command_line import check
 from runners.errors import InputError
 from runners.quantization.finished_blocks import FinishedBlocks
-from runners.quantization.packing import pack, unpack
+from runners.quantization.packing import pack, packed_bytes, unpack
 from runners.results.metrics import CHECKPOINT_SHA256, Status, grid_words
+from runners.run.disk import _layer
 from runners.run.experiment import run_cell
 from runners.tracking.content import run_words
 from tests.conftest import ToySettings
@@ -63,6 +64,8 @@ def test_a_finished_block_comes_back_to_the_bit(name: str) -> None:
         "quantease": QuantEase(2).solve(problem, spec),
         "outliers": OutlierQuantEase(0.02, num_iters=2).solve(problem, spec),
     }
+    empty = _layer((32, 128), spec, 0.0)  # as the estimate of disk space has it
+    assert packed_bytes(empty) == packed_bytes(layers["rtn"])
     again = unpack(*pack(layers))
     for key, layer in layers.items():
         assert torch.equal(again[key].codes, layer.codes)
