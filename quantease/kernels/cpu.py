@@ -101,10 +101,9 @@ def _look_up(target, scale, levels, thresholds, change, count):
 
 @_compiled()
 def _run_rows(values, work, coupling, scale, zero, group, max_code, levels, thresholds, curvature, limit, first, count):
-    block = values.shape[0]
     descends, keeps, looks_up = len(curvature) > 0, len(limit) > 0, len(levels) > 0
     rounds = len(group) > 0 and not looks_up
-    last = first + count
+    block, last = values.shape[0], first + count
     target, change = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
     for j in range(block):
         mine, old = work[j, first:last], values[j, first:last]
