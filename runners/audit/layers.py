@@ -60,7 +60,7 @@ class LayerAudit:
             layers = linear_layers(block)
             quantized = self.finished.layers(index, str(self.source.device))
             # In host memory and in the run's own dtype, which the weights have come from: nothing is lost by that.
-            dtypes = {name: self.dtypes[names[id(layers[name].module.weight)]] for name in quantized}
+            dtypes = {name: self.dtypes[names[id(layers[name].parameter)]] for name in quantized}
             self._quantized.append({name: layer.weight.to(dtypes[name]).cpu() for name, layer in quantized.items()})
             # A copy, as on the CPU and in the same dtype it would otherwise be the weight that is written to.
             self._original.append({name: layers[name].weight.to(dtypes[name], copy=True).cpu() for name in quantized})

@@ -13,10 +13,9 @@ from runners.audit.damage import Damage, damage_of
 from runners.evaluation.blockwise import windows_at_once
 from runners.evaluation.likelihood import measure_windows
 from runners.evaluation.token_agreement import TokenAgreement
-from runners.models.activations import BlockActivations
+from runners.models.activations import BlockActivations, copy_to_host
 from runners.models.blocks import InMemoryModel
 from runners.models.containers import with_tensors
-from runners.models.host_memory import copy_to_host
 from runners.models.memory import Memory
 
 State = tuple[list[Tensor], list[dict[str, Any]]]  # per batch: activations, and what blocks hand to later ones

@@ -23,10 +23,13 @@ from runners.models.bypass import (
     run_model,
 )
 from runners.models.containers import contents, copied, is_container, joined, of_rows, unchanged, with_tensors
-from runners.models.host_memory import copied_ahead, copy_to_host, would_crowd_gpu
 from runners.models.memory import Memory
 
 Shared = dict[str, Any]  # what blocks have handed to later ones, by the name of the argument
+
+GPU_SHARE = (
+    0.4  # of the GPU's free memory that activations may take: a block, its Hessians and its solver need the rest
+)
 
 
 class BlockActivations:
@@ -201,3 +204,44 @@ class BlockActivations:
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.source.device)
+
+
+def would_crowd_gpu(hidden: Tensor, tokens: int) -> bool:
+    """Whether the activations of all sequences would take more than their share of the GPU's free memory.
+
+    Args:
+        hidden: the activations of one batch (sequences, length, width).
+        tokens: of all sequences together.
+    """
+    if not hidden.is_cuda:
+        return False
+    free, _ = torch.cuda.mem_get_info(hidden.device)
+    return tokens * hidden.shape[-1] * hidden.element_size() > GPU_SHARE * free
+
+
+def copy_to_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory; in pinned memory for a tensor of the GPU, as only that is copied beside other work."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor)
+
+
+def copied_ahead(batches: list[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Batches of host memory on `device`, each copied while the one before it is worked on."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies, work = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+
+    def fetch(batch: Tensor) -> Tensor:
+        copies.wait_stream(work)  # the pass before may still be writing its outputs to this batch
+        with torch.cuda.stream(copies):
+            return batch.to(device, non_blocking=True)
+
+    coming = fetch(batches[0])
+    for place in range(len(batches)):
+        work.wait_stream(copies)  # before the next copy is queued, which this batch's work need not wait for
+        batch = coming
+        if place + 1 < len(batches):
+            coming = fetch(batches[place + 1])
+        batch.record_stream(work)  # made on the other stream: its memory may not be reused before the work has read it
+        yield batch

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +12,39 @@ from transformers.pytorch_utils import Conv1D
 from quantease.grid import GridSpec
 from quantease.layer import QuantizedLayer
 from runners.errors import InputError
+from runners.models.experts import ExpertWeight, expert_weights, is_taken_apart, routers, take_apart
 
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """A linear layer of a decoder block, seen as (out, in) however its module stores the weight."""
+    """A linear layer of a decoder block, seen as (out, in) however its module stores the weight.
 
-    module: nn.Linear | Conv1D
+    Attributes:
+        module: its input is the input of the layer.
+        of_expert: where the weight is that `module` does not hold itself.
+    """
+
+    module: nn.Module
+    of_expert: ExpertWeight | None = None
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter of the model that the weight is, or is a part of."""
+        return cast(Tensor, self.module.weight) if self.of_expert is None else self.of_expert.parameter
 
     @property
     def weight(self) -> Tensor:
         """The weight (out, in) in the model's dtype: a view, so that writing to it changes the module."""
-        weight = self.module.weight.detach()
+        if self.of_expert is not None:
+            return self.of_expert.weight
+        weight = self.parameter.detach()
         return weight.T if isinstance(self.module, Conv1D) else weight  # GPT-2 stores (in, out)
+
+    @property
+    def stage(self) -> tuple[int, str]:
+        """Equal for layers that do the same work side by side, each for its share of the tokens: those of experts."""
+        part = self.of_expert
+        return (id(self.module), "") if part is None else (id(part.owner), part.name)
 
     @property
     def in_features(self) -> int:
@@ -48,9 +68,15 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
 
 
 def linear_layers(block: nn.Module) -> dict[str, LinearLayer]:
-    """The linear layers of a decoder block by name, in the order of its modules."""
-    modules = block.named_modules()
-    return {name: LinearLayer(module) for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
+    """The linear layers of a decoder block by name, in the order of its modules. Routers of experts are not among them."""
+    left, layers = routers(block), dict[str, LinearLayer]()
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and f"{name}.weight".lstrip(".") not in left:
+            layers[name] = LinearLayer(module)
+        elif is_taken_apart(module):
+            parts = expert_weights(module)
+            layers |= {f"{name}.{part}": LinearLayer(seen, weight) for part, seen, weight in parts}
+    return layers
 
 
 def replace_weights(block: nn.Module, quantized: dict[str, QuantizedLayer]) -> None:
@@ -63,10 +89,10 @@ def replace_weights(block: nn.Module, quantized: dict[str, QuantizedLayer]) -> N
 def other_matrices(block: nn.Module) -> dict[str, Tensor]:
     """The matrices of a decoder block that are not in linear layers, by name: no method is given them.
 
-    These are parameters with two dimensions or more: fused experts, convolutions, routers, tables of positions, and norms
-    that have a row per head.
+    These are parameters with two dimensions or more: convolutions, routers, tables of positions, norms that have a row per
+    head, and fused experts that cannot be taken apart.
     """
-    inside = {id(layer.module.weight) for layer in linear_layers(block).values()}
+    inside = {id(layer.parameter) for layer in linear_layers(block).values()}
     return {
         name: parameter
         for name, parameter in block.named_parameters()
@@ -95,7 +121,7 @@ def check_divisibility(model: Any, spec: GridSpec) -> None:
 
 
 def check_coverage(model: Any) -> str | None:
-    """Find the matrices that stay unquantized because they are not in linear layers.
+    """Find the matrices that stay unquantized because they are not in linear layers, but for routers of experts.
 
     Args:
         model: any causal language model; its weights may be on the meta device.
@@ -105,7 +131,12 @@ def check_coverage(model: Any) -> str | None:
     """
     blocks = decoder_blocks(model)
     linear = sum(layer.weight.numel() for block in blocks for layer in linear_layers(block).values())
-    others = [(index, name, m) for index, block in enumerate(blocks) for name, m in other_matrices(block).items()]
+    others = [
+        (index, name, matrix)
+        for index, block in enumerate(blocks)
+        for name, matrix in other_matrices(block).items()
+        if name not in routers(block)  # they are small, and meant to stay
+    ]
     if not others:
         return None
     size = sum(matrix.numel() for _, _, matrix in others)
@@ -188,6 +219,7 @@ class InMemoryModel:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        take_apart(model)
         self.blocks = decoder_blocks(model)
         self.device = next(model.parameters()).device
         self.tuple_lengths: dict[type, int] = {}

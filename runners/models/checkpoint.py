@@ -18,6 +18,7 @@ from runners.formats.scheme import PackedLayer
 from runners.gguf_files.conversion import ENDING, converted, converted_before, note_of
 from runners.hub import cached_file, download_snapshot, hub_answers
 from runners.models.blocks import decoder_blocks
+from runners.models.experts import take_apart
 from runners.models.quantized_already import CONFIG_KEYS, refuse_quantized
 from runners.models.shards import INDEX, WHOLE, Shards, weight_files
 from runners.models.verify import MAX_COUNT, check_config, check_tensors, check_tokenizer, refuse_unused, tensor_names
@@ -191,6 +192,7 @@ def _skeleton(folder: Path) -> Any:
         ) from error
     if str(config.dtype or torch.float32).removeprefix("torch.") not in DTYPES:
         raise InputError(f"dtype in {folder}/config.json is {config.dtype}, not one of {', '.join(DTYPES)}")
+    take_apart(skeleton)
     decoder_blocks(skeleton)
     return skeleton
 
@@ -227,6 +229,7 @@ def load(checkpoint: Checkpoint, model: Model, device: torch.device) -> nn.Modul
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{checkpoint.folder} holds no weights for {missing[0]} ({len(missing)} are missing)")
     loaded = loaded.to(device).eval().requires_grad_(False)
+    take_apart(loaded)
     for name, parameter in loaded.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(

@@ -6,7 +6,7 @@ while it is open. Buffers, such as rotary frequencies, are made with the skeleto
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from runners.errors import InputError
 from runners.models.blocks import BlockSource, InMemoryModel, decoder_blocks
 from runners.models.checkpoint import Checkpoint, Model, load
+from runners.models.experts import take_apart
 from runners.models.memory import configure_malloc, trim_malloc
 from runners.models.shards import Shards
 from runners.models.verify import refuse_unused
@@ -68,11 +69,12 @@ class StreamedModel:
         self.blocks = decoder_blocks(self.model)
         self.device = device
         self.tuple_lengths: dict[type, int] = {}
-        self._folder, self._shards, self._stored = checkpoint.folder, shards, names.stored
+        self._folder, self._shards, self._names = checkpoint.folder, shards, names
         self._dtypes = weight_dtypes(self.model, dtype)
         self._prefix = blocks_prefix(self.model)
+        take_apart(self.model)
         self._check_shapes()
-        self._fill(self.model, "", names.outside(self._prefix))
+        self._fill(self.model, "", lambda name: not name.startswith(self._prefix))
         # By transformers' rule, after everything that is stored is there: a head that is stored, with other values than the
         # embedding that config.json ties it to, stays what it is.
         self.model.tie_weights(missing_keys=set(names.missing), recompute_mapping=False)
@@ -86,7 +88,7 @@ class StreamedModel:
         """Decoder block `index` with the checkpoint's weights, which leave the memory at the end."""
         # Read anew each time it is opened, so what was written to it is lost.
         block, prefix = self.blocks[index], f"{self._prefix}{index}."
-        self._fill(block, prefix, [name for name in self._stored if name.startswith(prefix)])
+        self._fill(block, prefix, lambda name: name.startswith(prefix))
         try:
             yield block
         finally:
@@ -97,21 +99,25 @@ class StreamedModel:
             trim_malloc()
 
     def _check_shapes(self) -> None:
-        shapes = self._shards.shapes()
+        shapes, made = self._shards.shapes(), self._names.made
         for name, weight in self.model.state_dict().items():
-            stored = shapes.get(self._stored.get(name, ""))
+            stored = made.get(name) or shapes.get(self._names.stored.get(name, ""))
             if stored is not None and stored != tuple(weight.shape):
                 raise InputError(
                     f"the weights in {self._folder} do not fit its config.json: {name} is {stored}, and should be "
                     f"{tuple(weight.shape)}"
                 )
 
-    def _fill(self, module: nn.Module, prefix: str, names: list[str]) -> None:
-        wanted = {self._stored[name]: name for name in names}
+    def _fill(self, module: nn.Module, prefix: str, is_wanted: Callable[[str], bool]) -> None:
+        """Give a module, whose name is `prefix`, its weights, as far as their names are wanted."""
+        wanted = {stored: name for name, stored in self._names.stored.items() if is_wanted(name)}
         dtypes = {stored: self._dtypes[name] for stored, name in wanted.items()}
-        state = {
-            wanted[stored].removeprefix(prefix): tensor for stored, tensor in self._shards.read(dtypes, self.device)
-        }
+        state = {wanted[stored]: tensor for stored, tensor in self._shards.read(dtypes, self.device)}
+        for conversion in self._names.conversions:  # one at a time: what each is made of is in memory beside it
+            if is_wanted(conversion.name):
+                dtypes = dict.fromkeys((tensor for tensor, _ in conversion.sources), self._dtypes[conversion.name])
+                state |= conversion.convert(self.model, dict(self._shards.read(dtypes, self.device)))
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
         # assign: the skeleton's weights have no memory to copy into. Not strict: these are only a part of the weights.
         module.load_state_dict(state, strict=False, assign=True)
         module.requires_grad_(False)

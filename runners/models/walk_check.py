@@ -28,6 +28,7 @@ from runners.models.bypass import (
     split_arguments,
 )
 from runners.models.containers import contents, is_container, unchanged, written_to
+from runners.models.experts import own_experts
 from runners.models.memory import Memory, out_of_memory
 
 SEQUENCES = 3  # together in the model's own pass
@@ -74,7 +75,7 @@ def check_walk(source: BlockSource, tokens: Tensor) -> Rounding:
         _check_order(source, ids)
         walks = [BlockActivations(source, ids, SEQUENCES, memory=Memory(batch_size=size)) for size in (None, PART)]
         own_pass = _OwnPass(source, ids, walks)
-        with own_pass.watched():
+        with own_pass.watched(), own_experts(source.model):
             own = run_model(source, ids).logits
         own_pass.check_count()
         together, divided = (walk.hidden[0] for walk in walks)
@@ -159,7 +160,8 @@ class _OwnPass:
                 return
             self._is_walking = True
             try:
-                visit(index, *arguments)
+                with own_experts(self._source.model, own=False):
+                    visit(index, *arguments)
             finally:
                 self._is_walking = False
 

@@ -6,11 +6,14 @@ dtype. They are used here, so that what is read block by block is what `from_pre
 called are not part of its public interface: `tests/models/test_loaders.py` holds both loaders to each other.
 """
 
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -24,12 +27,34 @@ from runners.models.shards import Shards
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """Weights that transformers makes of other tensors of the files, such as fused experts of the tensors of each expert.
+
+    Attributes:
+        converter: transformers' own.
+        name: the weight that it makes, of several the first.
+        sources: the tensors of the files that it takes, in its order, each with the pattern that it has matched.
+        makes: the shape of each weight that it makes, by name.
+    """
+
+    converter: WeightConverter
+    name: str
+    sources: tuple[tuple[str, str], ...]
+    makes: Mapping[str, tuple[int, ...]]
+
+    def convert(self, model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights by name, of the sources by theirs."""
+        return _converted(self.converter, self.name, self.sources, model, tensors)
+
+
+@dataclass(frozen=True)
 class WeightNames:
     """What the tensors of the files are to the model.
 
     Attributes:
         stored: for each weight and buffer that the files hold as it is: its name there.
-        missing: weights and buffers that they do not hold as they are; tied ones and converted ones are among them.
+        conversions: how others are made of what they hold.
+        missing: weights and buffers that are neither; tied ones are among them.
         unused: tensors for which the model has no place, by the names that transformers gives them, but for those that it
             ignores on purpose (multi-token prediction, tables that are computed today).
     """
@@ -37,6 +62,12 @@ class WeightNames:
     stored: dict[str, str]
     missing: frozenset[str]
     unused: frozenset[str]
+    conversions: tuple[Conversion, ...] = ()
+
+    @property
+    def made(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each weight that a conversion makes."""
+        return {name: shape for conversion in self.conversions for name, shape in conversion.makes.items()}
 
     def outside(self, prefix: str) -> list[str]:
         """The stored weights and buffers whose names do not begin with `prefix`."""
@@ -50,6 +81,7 @@ def match_names(model: Any, shards: Shards) -> WeightNames:
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     stored: dict[str, str] = {}
+    sources: dict[str, list[tuple[str, str]]] = {}  # of conversions, by the first weight that each makes
     unknown: dict[str, str] = {}
     # In transformers' order, on which some renamings depend; of two tensors of one name it takes the first.
     for tensor in sorted(shards.file_of, key=dot_natural_key):
@@ -60,6 +92,8 @@ def match_names(model: Any, shards: Shards) -> WeightNames:
             unknown[name] = tensor
         elif converted is None:  # a converted weight is made of several tensors, or of a part of one
             stored.setdefault(name, tensor)
+        else:
+            sources.setdefault(name, []).append((tensor, converted))
     adjusted = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unknown))
     model._adjust_missing_and_unexpected_keys(adjusted)  # removes those that are ignored on purpose
     shapes = shards.shapes()
@@ -67,7 +101,45 @@ def match_names(model: Any, shards: Shards) -> WeightNames:
     unused = {
         name for name in adjusted.unexpected_keys if not name.endswith(".bias") or len(shapes[unknown[name]]) == 1
     }
-    return WeightNames(stored, frozenset(set(state) - set(stored)), frozenset(unused))
+    conversions = tuple(_conversions(model, converters, sources, shapes, state.keys() - stored.keys()))
+    made = {name for conversion in conversions for name in conversion.makes}
+    return WeightNames(stored, frozenset(state.keys() - stored.keys() - made), frozenset(unused), conversions)
+
+
+def _conversions(
+    model: Any,
+    converters: list[WeightConverter],
+    sources: dict[str, list[tuple[str, str]]],
+    shapes: dict[str, tuple[int, ...]],
+    wanted: Set[str],
+) -> Iterator[Conversion]:
+    """The conversions that work on tensors of these shapes and make nothing but weights that are wanted."""
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    for name, members in sources.items():
+        converter = by_pattern[members[0][1]]
+        try:
+            on_meta = {tensor: torch.empty(shapes[tensor], device="meta") for tensor, _ in members}
+            made = _converted(converter, name, members, model, on_meta)
+        except Exception:  # of any kind: then transformers has to say what is wrong, when it loads the whole model
+            continue
+        if made.keys() <= wanted:
+            yield Conversion(
+                converter, name, tuple(members), {key: tuple(weight.shape) for key, weight in made.items()}
+            )
+
+
+def _converted(
+    converter: WeightConverter,
+    name: str,
+    sources: Iterable[tuple[str, str]],
+    model: Any,
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    mine = copy.deepcopy(converter)  # it collects the tensors
+    for tensor, pattern in sources:
+        mine.add_tensor(name, tensor, pattern, cast(Any, tensors[tensor]))
+    made = mine.convert(name, model=model, config=model.config)
+    return {key: weight[0] if isinstance(weight, list) else weight for key, weight in made.items()}
 
 
 def unmatched_weights(model: Any, names: WeightNames, blocks: str) -> list[str]:
@@ -82,10 +154,17 @@ def unmatched_weights(model: Any, names: WeightNames, blocks: str) -> list[str]:
     for name, original in model.all_tied_weights_keys.items():
         groups.setdefault(original, {original}).add(name)
     readable: set[str] = set()
+    known = names.stored.keys() | names.made
     for group in groups.values():
-        if not group.isdisjoint(names.stored) and not any(name.startswith(f"{blocks}.") for name in group):
+        if not group.isdisjoint(known) and not any(name.startswith(f"{blocks}.") for name in group):
             readable |= group
-    return sorted(names.missing - readable)
+    scattered = {name for made in names.conversions if len(_places(made.makes, blocks)) > 1 for name in made.makes}
+    return sorted(names.missing - readable | scattered)
+
+
+def _places(names: Iterable[str], blocks: str) -> set[str]:
+    """The decoder blocks that weights are in; "": outside."""
+    return {name.removeprefix(f"{blocks}.").split(".")[0] if name.startswith(f"{blocks}.") else "" for name in names}
 
 
 def weight_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:

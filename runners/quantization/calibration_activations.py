@@ -10,7 +10,13 @@ from runners.models.activations import BlockActivations
 from runners.models.blocks import BlockSource, replace_weights
 from runners.models.memory import Memory
 from runners.quantization.finished_blocks import FinishedBlocks
-from runners.quantization.input_statistics import InputGroup, MeasuredGroups, input_groups, input_statistics
+from runners.quantization.input_statistics import (
+    InputGroup,
+    MeasuredGroups,
+    input_groups,
+    input_statistics,
+    passes_in_sequence,
+)
 from runners.timing import Phases
 
 
@@ -85,6 +91,10 @@ class CalibrationActivations:
         """The input groups of the current decoder block, in the order in which the block uses them."""
         activations = self._embedded()
         return self._retry_calibration(lambda: input_groups(activations, self.position))
+
+    def passes_in_sequence(self, groups: list[InputGroup]) -> list[list[InputGroup]]:
+        """The groups of the current decoder block in as many passes as true-sequential needs."""
+        return passes_in_sequence(self._embedded(), self.position, groups)
 
     def statistics(self, groups: list[InputGroup]) -> MeasuredGroups:
         """The input statistics of those of some groups of the current decoder block that any calibration token reaches.

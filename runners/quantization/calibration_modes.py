@@ -85,7 +85,7 @@ class QuantizedInputs:
     def measure(self) -> Iterator[MeasuredGroups]:
         groups = self.activations.input_groups()
         # A group's inputs change with each group quantized before it: true-sequential costs a pass over the data per group.
-        for groups_of_one_pass in [[group] for group in groups] if self.true_sequential else [groups]:
+        for groups_of_one_pass in self.activations.passes_in_sequence(groups) if self.true_sequential else [groups]:
             yield self.activations.statistics(groups_of_one_pass)
 
     def leave(self) -> None:

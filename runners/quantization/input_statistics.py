@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from quantease.matmul import add_second_moment
 from runners.models.activations import BlockActivations
-from runners.models.blocks import linear_layers
+from runners.models.blocks import LinearLayer, linear_layers
 from runners.quantization.token_energy import TokenEnergy
 from runners.storage.cache import Cache
 
@@ -86,7 +87,8 @@ def input_groups(activations: BlockActivations, index: int) -> list[InputGroup]:
         index: of the block.
 
     Returns:
-        The groups. Layers that the block does not use for these few sequences are the last, each in a group of its own.
+        The groups. Those of experts stand together, in the order of the experts, whichever these few sequences reach. Other
+        layers that they do not reach are the last, each in a group of its own.
     """
     layers = linear_layers(activations.blocks[index])
     # One input is one tensor, told by where it is in memory. The tensors are kept, so that none takes another's memory.
@@ -102,8 +104,29 @@ def input_groups(activations: BlockActivations, index: int) -> list[InputGroup]:
     with _hooked([(layer.module, note(name)) for name, layer in layers.items()]):
         activations.sample(index)
     used = [tuple(names) for _, names in seen.values()]
-    # Other sequences may reach the rest, as the experts in modules of their own that no token of these is routed to.
-    return used + [(name,) for name in layers if not any(name in names for names in used)]
+    # Other sequences may reach the rest, such as experts that no token of these is routed to.
+    unused: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        if not any(name in names for names in used):
+            unused.setdefault(id(layer.module), []).append(name)
+    return _side_by_side(layers, used + [tuple(names) for names in unused.values()])
+
+
+def _side_by_side(layers: dict[str, LinearLayer], groups: list[InputGroup]) -> list[InputGroup]:
+    """The groups of one stage after each other, where the first of them is; in the order of the block's modules."""
+    stages = list(dict.fromkeys(layers[group[0]].stage for group in groups))
+    places = {name: place for place, name in enumerate(layers)}
+    own = {group: min(places[name] for name in group) if layers[group[0]].of_expert else 0 for group in groups}
+    return sorted(groups, key=lambda group: (stages.index(layers[group[0]].stage), own[group]))
+
+
+def passes_in_sequence(activations: BlockActivations, index: int, groups: list[InputGroup]) -> list[list[InputGroup]]:
+    """Divide groups into those that are measured in one pass where each is measured after the groups before it are solved.
+
+    Experts work side by side, each on its own tokens, so none comes before another.
+    """
+    layers = linear_layers(activations.blocks[index])
+    return [list(some) for _, some in groupby(groups, lambda group: layers[group[0]].stage)]
 
 
 def input_statistics(

@@ -16,11 +16,12 @@ from torch import nn
 from quantease.grid import GridSpec
 from quantease.layer import LayerSolver, QuantizedLayer
 from runners.models.blocks import linear_layers, other_matrices
+from runners.models.experts import routers
 from runners.quantization.calibration_modes import CalibrationMode
 from runners.quantization.fallback import UNREACHED
 from runners.quantization.finished_blocks import FinishedBlocks
 from runners.quantization.group_solver import GroupSolver, LayerGroup, SolvedLayer, left_alone
-from runners.results.layers import LayerRecord
+from runners.results.layers import ROUTER_NOTE, LayerRecord
 from runners.results.metrics import FALLBACK_RTN
 from runners.timing import peak_so_far_gb
 
@@ -115,12 +116,13 @@ class Quantization:
 
     def _other_matrices(self, index: int, block: nn.Module) -> Iterator[SolvedLayer]:
         """Records of the matrices that no method is given. They count in the bits: most of a model may be in them."""
-        usual = {layer.weight.dtype for layer in linear_layers(block).values()}
+        usual, routing = {layer.weight.dtype for layer in linear_layers(block).values()}, routers(block)
         for name, matrix in other_matrices(block).items():
             # Some modules keep float32 whatever the model's dtype: routers, convolutions of state space models.
             kept = bool(usual) and matrix.dtype not in usual
             bits = 8.0 * matrix.element_size() if kept else self._groups.stored_bits
             why = f"not a linear layer, but a parameter of shape {tuple(matrix.shape)}: no method quantizes it"
+            why = ROUTER_NOTE if name in routing else why
             yield left_alone(index, name, matrix.shape, bits, why)
 
     def _save(

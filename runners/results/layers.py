@@ -78,6 +78,8 @@ class LayerRecord:
         return {name: value for name, value in asdict(self).items() if name != "history"}
 
 
+ROUTER_NOTE = "a router of experts, which stays as it is"
+
 # Fields of a record.
 WARNINGS = (
     "damping_raised",
@@ -102,6 +104,8 @@ def refuse_warnings(record: LayerRecord) -> None:
     Raises:
         InputError: with the layer and what happened to it.
     """
+    if record.notes == ROUTER_NOTE:  # it is meant to keep its weights
+        return
     if found := [f"{kind.replace('_', ' ')}: {value}" for kind in WARNINGS if (value := getattr(record, kind))]:
         what = ", ".join(found) + (f" ({record.notes})" if record.notes else "")
         raise InputError(f"{record.layer} in block {record.block}: {what}; warnings=record goes on and records it")

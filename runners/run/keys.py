@@ -11,9 +11,9 @@ from runners.storage.fingerprint import checkpoint_fingerprint, code_fingerprint
 
 OF_ACTIVATIONS = (  # the modules that compute activations and Hessians; a change in one of them makes the cache stale
     "runners/models/blocks.py",
+    "runners/models/experts.py",
     "runners/models/bypass.py",
     "runners/models/containers.py",
-    "runners/models/host_memory.py",
     "runners/models/activations.py",
     "runners/quantization/input_statistics.py",
     "runners/quantization/token_energy.py",

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from baselines.gptq import GPTQ
 from baselines.rtn import RTN
@@ -150,40 +148,6 @@ def test_a_solution_that_is_not_finite_leaves_the_layer_alone_and_says_so() -> N
     # 4 x 32 x 32 and 32 x 64 weights of a block at 3 + 19 / 32 and 3 + 19 / 64 bits, 64 x 32 at 32.
     expected = (4096 * (3 + 19 / 32) + 2048 * (3 + 19 / 64) + 2048 * 32) / 8192
     assert figures["bits_per_weight"] == pytest.approx(expected)
-
-
-def test_experts_in_one_parameter_are_recorded_and_counted_at_what_they_take() -> None:
-    """They begin in block 1: block 0 is no example of the others."""
-    torch.manual_seed(0)
-    config = transformers.Glm4MoeConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, n_routed_experts=8, n_shared_experts=1,
-        num_experts_per_tok=2, first_k_dense_replace=1, n_group=1, topk_group=1, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    model: Any = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    before = copy.deepcopy(model.state_dict())
-    records = run(model, RTN())
-    left = [record for record in records if record.left_alone]
-    names = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"]
-    assert sorted((record.block, record.layer) for record in left) == [
-        (block, name) for block in (1, 2) for name in names
-    ]
-    for record in left:
-        assert torch.equal(
-            block_of(model, record.block).get_parameter(record.layer),
-            before[f"model.layers.{record.block}.{record.layer}"],
-        )
-        assert record.bits_per_weight == 32
-    experts = next(record for record in left if record.layer.endswith("down_proj"))
-    assert (experts.out_features, experts.in_features) == (8 * 32, 16)
-    assert experts.notes == "not a linear layer, but a parameter of shape (8, 32, 16): no method quantizes it"
-    matrices = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim >= 2)
-    assert sum(record.out_features * record.in_features for record in records) == matrices
-    figures = summarize_layers(records, 10**6, 32)
-    assert figures["warnings/left_alone"] == 6
-    quantized = sum(r.out_features * r.in_features * r.bits_per_weight for r in records if not r.left_alone)
-    others = sum(32 * r.out_features * r.in_features for r in left)
-    assert figures["bits_per_weight"] == pytest.approx((quantized + others) / matrices)
 
 
 def test_a_matrix_that_is_kept_in_float32_counts_32_bits() -> None:

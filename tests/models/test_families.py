@@ -10,7 +10,7 @@ from tests.family_zoo import ALL_FAMILIES
 
 SAMPLE = [  # of each verdict, and of each kind of block: attention, experts, recurrences, shared keys, encoders
     "bert", "bloom", "codegen", "deepseek_v3", "dory", "falcon", "gemma3_text", "gemma4_text", "gpt2", "gpt_neo",
-    "helium", "lfm2", "mamba", "mixtral", "mpt", "opt", "phi3", "qwen3_next", "whisper", "zamba",
+    "helium", "lfm2", "mamba", "mixtral", "mpt", "opt", "phi3", "qwen3_moe", "qwen3_next", "whisper", "zamba",
 ]  # fmt: skip
 
 RIGHT_REASONS = (  # why a family may be refused: a walk, one block after the other, is not its forward pass
