@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from runners.audit.kept_run import Records
+from runners.run.kept_run import Records
 from runners.audit.layers import ALL, Change
 from runners.results.run_folder import write_csv
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from runners.arguments import invoke
 from runners.audit.__main__ import main
-from runners.audit.kept_run import open_run
+from runners.run.kept_run import open_run
 from runners.audit.walks import Walks
-from runners.audit.windows import first_windows
+from runners.run.kept_windows import first_windows
 from runners.config.stored import located as with_place
 from runners.config.stored import stored_settings
 from runners.console import console

@@ -1,10 +1,10 @@
-"""The windows that an audit measures on: the first of a text that the run was evaluated on."""
+"""The windows of a text that a finished run was evaluated on."""
 
 import logging
 
 from torch import Tensor
 
-from runners.audit.kept_run import KeptRun
+from runners.run.kept_run import KeptRun
 from runners.data.bos import resolve_bos
 from runners.data.windows import cut_windows
 from runners.errors import InputError, known_names
@@ -42,7 +42,7 @@ def first_windows(
     known = kept.metrics.get(metrics.sha256(name))
     if length in (None, longest) and known not in (None, windows.sha256):
         log.warning(
-            "the text %s is not the one that the run was evaluated on (the hash of its tokens is %s, was %s): the audit "
+            "the text %s is not the one that the run was evaluated on (the hash of its tokens is %s, was %s): this command "
             "measures on what is here now",
             name,
             windows.sha256,
