@@ -42,7 +42,7 @@ def main(
     check_writable(to)
     if format == "compressed_tensors" and check and find_spec("compressed_tensors") is None:
         raise InputError(
-            "loading the export again needs a package that is not installed: pip install -e \".[export]\"; or check=false, "
+            'loading the export again needs a package that is not installed: pip install -e ".[export]"; or check=false, '
             "which its card will say"
         )
     kept = open_run(run, model)

@@ -64,12 +64,12 @@ def _card(kept: KeptRun, facts: dict[str, Any], checked: Check | None) -> str:
     grid = f"{metrics.bits_words(facts['bits'])}, {metrics.grid_words(kept.metrics)}"
     rows = "".join(f"| {name.replace('/', ' ')} | {facts[name]} |\n" for name in _facts(kept))
     check = "It was not loaded again after it was written." if checked is None else _sentence(checked)
-    return f"""# {facts['model']}, quantized with {facts['method']} to {grid}
+    return f"""# {facts["model"]}, quantized with {facts["method"]} to {grid}
 
-Made by QuantEase Bench from a finished run, in the format `{facts['format']}`:
+Made by QuantEase Bench from a finished run, in the format `{facts["format"]}`:
 
 ```
-{facts['command']}
+{facts["command"]}
 ```
 
 {check}

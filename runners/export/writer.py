@@ -21,7 +21,16 @@ from runners.run.kept_run import KeptRun
 from runners.storage.files import write, write_tensors
 
 # What a folder of a model holds besides its weights: tokenizer, settings of generation, licenses.
-BESIDE = ("*token*.json", "vocab.*", "merges.txt", "*.model", "generation_config.json", "*.jinja", "LICENSE*", "NOTICE*")
+BESIDE = (
+    "*token*.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "generation_config.json",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+)
 CPU = torch.device("cpu")
 
 
