@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from runners.arguments import start
-from runners.run.kept_run import KeptRun, open_run
 from runners.audit.layers import Change, LayerAudit
 from runners.audit.room import explained, refuse_without_room
 from runners.audit.table import rows_of, worst_tables, write_rows
-from runners.run.kept_windows import first_windows
 from runners.console import console, progress
 from runners.errors import InputError
+from runners.kept.run import KeptRun, open_run
+from runners.kept.windows import first_windows
 from runners.models.blocks import InMemoryModel
 from runners.models.checkpoint import load
 from runners.models.walk_check import check_walk

@@ -9,8 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from runners.run.kept_run import Records
 from runners.audit.layers import ALL, Change
+from runners.kept.run import Records
 from runners.results.run_folder import write_csv
 
 # What layers.csv says of the same layers; columns that a run of an older version lacks are left out.

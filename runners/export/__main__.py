@@ -1,12 +1,12 @@
-"""Write the weights of a finished run as a checkpoint for other tools; load it again, and compare its perplexity with the run's.
+"""Write the weights of a finished run as a checkpoint for other tools, load it again, and compare its perplexity.
 
 python -m runners.export results/runs/tiny/gptq-3b-DIGEST format=compressed_tensors to=FOLDER
 python -m runners.export RUN format=dense to=FOLDER text=wikitext2
 """
 
+import json
 import os
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,13 +14,13 @@ from runners.arguments import start
 from runners.console import console
 from runners.errors import InputError
 from runners.export.card import Check, write_card
-from runners.export.check import measured_again
+from runners.export.check import checked
 from runners.export.compressed_tensors import CompressedTensors
 from runners.export.gptq import Gptq, has_zero
 from runners.export.layouts import Layout
 from runners.export.writer import write_weights
-from runners.results import metrics
-from runners.run.kept_run import KeptRun, open_run
+from runners.kept.run import KeptRun, open_run
+from runners.run.preflight import open_device
 from runners.storage.files import check_writable
 
 Format = Literal["compressed_tensors", "gptq", "dense"]
@@ -35,27 +35,26 @@ def main(
     check: Annotated[bool, "load the export again and compare its perplexity with the run's"] = True,
     model: Annotated[str | None, "folder of the model, where it is no longer where the run had it"] = None,
     data_root: Annotated[str | None, "folder of the data sets; by default as in the run"] = None,
+    device: Annotated[str | None, "cpu, cuda or cuda:N, to measure on; by default a GPU where there is one"] = None,
 ) -> None:
     """Write the weights of a finished run as a checkpoint for other tools."""
     if to.exists():
         raise InputError(f"{to} exists: name a folder that does not, or remove it")
     check_writable(to)
-    if format == "compressed_tensors" and check and find_spec("compressed_tensors") is None:
-        raise InputError(
-            'loading the export again needs a package that is not installed: pip install -e ".[export]"; or check=false, '
-            "which its card will say"
-        )
+    where = open_device(device)
     kept = open_run(run, model)
     partial = to.with_name(f"{to.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
+    found = None
     try:
         size = write_weights(kept, _layout(format, kept), partial)
-        checked = _checked(kept, partial, format, text, data_root) if check else None
-        write_card(kept, partial, run, format, size, checked)
+        if check:
+            found = checked(kept, partial, format, where, _batch_size(run), text=text, data_root=data_root)
+        write_card(kept, partial, run, format, size, found)
         partial.rename(to)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _report(to, size, checked)
+    _report(to, size, found)
 
 
 def _layout(name: Format, kept: KeptRun) -> Layout | None:
@@ -64,17 +63,18 @@ def _layout(name: Format, kept: KeptRun) -> Layout | None:
     return CompressedTensors() if name == "compressed_tensors" else Gptq(has_zero(kept.blocks))
 
 
-def _checked(kept: KeptRun, folder: Path, name: Format, text: str | None, data_root: str | None) -> Check:
-    chosen, again = measured_again(kept, folder, name, text, data_root)
-    return Check(chosen, kept.metrics[metrics.ppl(chosen)], again)
+def _batch_size(run: Path) -> int:
+    """That of the run, as it decides the order of sums; 1 where the run does not say."""
+    try:
+        return int(json.loads((run / "environment.json").read_text(encoding="utf-8"))["batch_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1
 
 
-def _report(to: Path, size: int, checked: Check | None) -> None:
+def _report(to: Path, size: int, found: Check | None) -> None:
     console.print(f"written to {to}, {size / 1e6:,.1f} MB of tensors", highlight=False, soft_wrap=True)
-    if checked is None:
-        console.print("not loaded again: check=true measures it", highlight=False)
-    else:
-        console.print(checked.words(), highlight=False, soft_wrap=True)
+    words = "not loaded again: check=true measures it" if found is None else found.words()
+    console.print(words, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from runners.kept.run import KeptRun
 from runners.results import metrics
 from runners.run.environment import versions
-from runners.run.kept_run import KeptRun
 from runners.storage.files import write
 
 CARD, FACTS = "README.md", "export.json"
@@ -16,11 +16,12 @@ CARD, FACTS = "README.md", "export.json"
 
 @dataclass(frozen=True)
 class Check:
-    """Perplexity on a text, of the run and of what was written and loaded again."""
+    """Perplexity on a text, of the run and of what was written and loaded again by a reader."""
 
     text: str
     before: float
     after: float
+    reader: str
 
     @property
     def is_equal(self) -> bool:
@@ -29,10 +30,11 @@ class Check:
 
     def words(self) -> str:
         """A sentence."""
+        how = f"loaded again with {self.reader}, its perplexity on {self.text} is"
         if self.before == self.after:
-            return f"loaded again, its perplexity on {self.text} is the run's: {self.after:.4f}"
-        digits = "" if self.is_equal else ", another number"
-        return f"loaded again, its perplexity on {self.text} is {self.after:.4f}, in the run {self.before:.4f}{digits}"
+            return f"{how} the run's: {self.after:.4f}"
+        digits = "" if self.is_equal else ": not the same to the last digit that tables print"
+        return f"{how} {self.after:.4f}, in the run {self.before:.4f}{digits}"
 
 
 def write_card(kept: KeptRun, folder: Path, run: Path, name: str, size: int, checked: Check | None) -> None:

@@ -1,5 +1,7 @@
 """The perplexity of an export, measured on the windows of the run that it was made from."""
 
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,44 +13,65 @@ from runners.console import progress
 from runners.errors import InputError
 from runners.evaluation.blockwise import BlockwiseEvaluation
 from runners.evaluation.likelihood import perplexity
-from runners.models.blocks import InMemoryModel
-from runners.run.kept_run import KeptRun
-from runners.run.kept_windows import first_windows
+from runners.export.card import Check
+from runners.kept.run import KeptRun
+from runners.kept.windows import first_windows
+from runners.models.blocks import BlockSource, InMemoryModel
+from runners.models.checkpoint import open_checkpoint
+from runners.models.streaming import open_model
+from runners.results import metrics
 
 ALL = 10**9  # windows
+TRANSFORMERS, OWN = "transformers", "method=stored"  # what reads an export again
 
 
-def measured_again(
-    kept: KeptRun, folder: Path, layout: str, text: str | None, data_root: str | None
-) -> tuple[str, float]:
-    """Load an export with transformers and measure it on all windows of a text.
+def checked(
+    kept: KeptRun,
+    folder: Path,
+    layout: str,
+    device: torch.device,
+    batch_size: int,
+    *,
+    text: str | None,
+    data_root: str | None,
+) -> Check:
+    """Load an export again and measure it on all windows of a text.
+
+    transformers reads it where it can; this project's own reader where the layout needs a package that is not installed.
 
     Args:
         layout: name of the format.
+        batch_size: windows that go through the model together; that of the run gives the same last digits.
         text: one of the run's texts; None: the first that it has measured.
         data_root: folder of the data sets; None: as in the run.
 
-    Returns:
-        The name of the text, and the perplexity.
-
     Raises:
-        InputError: transformers cannot load the folder, or the text is not there.
+        InputError: the folder cannot be loaded, or the text is not there.
     """
     name, ids = first_windows(kept, text, ALL, None, data_root)
-    source = InMemoryModel(_load(folder, kept.model.dtype))
+    if metrics.ppl(name) not in kept.metrics:
+        raise InputError(f"the run has no perplexity on {name} to compare with: name another text, or check=false")
+    by_transformers = layout == "dense" or (layout == "compressed_tensors" and find_spec("compressed_tensors"))
+    source = _by_transformers(folder, kept, device) if by_transformers else _by_this_project(folder, kept, device)
     evaluation = BlockwiseEvaluation(source, {name: (ids, "")}, batch_size)
     with torch.no_grad(), progress("measure the export", evaluation.steps) as bar:
         losses = evaluation.run(bar)[name]["nll"]
-    return name, perplexity(torch.tensor(losses, dtype=torch.float64))
+    after = perplexity(torch.tensor(losses, dtype=torch.float64))
+    return Check(name, kept.metrics[metrics.ppl(name)], after, TRANSFORMERS if by_transformers else OWN)
 
 
-def _load(folder: Path, dtype: str | None) -> Any:
+def _by_this_project(folder: Path, kept: KeptRun, device: torch.device) -> BlockSource:
+    model = replace(kept.model, path=str(folder.absolute()), revision=None)
+    return open_model(open_checkpoint(model, stored=True), model, device)
+
+
+def _by_transformers(folder: Path, kept: KeptRun, device: torch.device) -> BlockSource:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=getattr(torch, dtype) if dtype else "auto",
+            dtype=getattr(torch, kept.model.dtype) if kept.model.dtype else "auto",
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
@@ -56,4 +79,4 @@ def _load(folder: Path, dtype: str | None) -> Any:
     except Exception as error:  # whatever transformers and the packages that it calls raise
         why = " ".join(str(error).split())[:300]
         raise InputError(f"transformers cannot load what was written to {folder}: {why}") from error
-    return model.eval().requires_grad_(False)
+    return InMemoryModel(model.to(device).eval().requires_grad_(False))

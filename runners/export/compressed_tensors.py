@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runners.export.bit_packing import pack_words
 from runners.export.layouts import CannotHold, StoredLayer, group_size_of, is_scattered, plain_grid, whole_zeros
+from runners.formats.words import pack_words
 
 OTHERS = "format=dense can hold it"
 ACT_ORDER = "format=gptq or format=dense can hold it"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runners.export.bit_packing import pack_words
 from runners.export.layouts import CannotHold, StoredLayer, group_size_of, is_scattered, plain_grid, whole_zeros
+from runners.formats.words import pack_words
 from runners.quantization.finished_blocks import FinishedBlocks
 
 BITS = (2, 3, 4, 8)
@@ -58,8 +58,8 @@ class Gptq:
             "g_idx": stored.layer.grid.group.to(torch.int32),
         }
 
-    def config(self, layers: list[StoredLayer], ignored: list[str]) -> dict[str, Any]:
-        """As for `Layout`.
+    def config(self, layers: list[StoredLayer], ignored: list[str]) -> dict[str, Any]:  # noqa: ARG002
+        """As for `Layout`. What is quantized is named, so what is ignored need not be.
 
         Raises:
             CannotHold: layers differ in bits, group size or symmetry.

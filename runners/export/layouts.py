@@ -86,7 +86,12 @@ def plain_grid(stored: StoredLayer, others: str) -> Tensor:
 def group_size_of(stored: StoredLayer) -> int:
     """Input columns that share a scale, -1 for the whole row."""
     grid = stored.layer.grid
-    return -1 if grid.scale.shape[1] == 1 else stored.layer.codes.shape[1] // grid.scale.shape[1]
+    # A row that is one group of the size that was asked for is a group, as its neighbors are.
+    return (
+        -1
+        if grid.scale.shape[1] == 1 and grid.spec.group_size is None
+        else stored.layer.codes.shape[1] // grid.scale.shape[1]
+    )
 
 
 def is_scattered(stored: StoredLayer) -> bool:

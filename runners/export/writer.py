@@ -1,4 +1,7 @@
-"""Writes a run's weights as a Hugging Face folder, one decoder block at a time: what was quantized in a layout, the rest as it is."""
+"""Writes a run's weights as a Hugging Face folder, one decoder block at a time.
+
+What was quantized is in a layout of other tools, or dequantized; the rest is what the model's files hold.
+"""
 
 import json
 import shutil
@@ -13,11 +16,11 @@ from torch import Tensor, nn
 from quantease.layer import QuantizedLayer
 from runners.errors import InputError
 from runners.export.layouts import CannotHold, Layout, StoredLayer
+from runners.kept.run import KeptRun
 from runners.models.blocks import InMemoryModel, linear_layers, replace_weights
 from runners.models.shards import INDEX, Shards
 from runners.models.streaming import StreamedModel, blocks_prefix, open_model
 from runners.models.weight_names import match_names
-from runners.run.kept_run import KeptRun
 from runners.storage.files import write, write_tensors
 
 # What a folder of a model holds besides its weights: tokenizer, settings of generation, licenses.

@@ -41,3 +41,23 @@ def unpack_separate(words: Tensor, bits: int, count: int) -> Tensor:
     shifts = torch.arange(WORD // bits, device=words.device) * bits
     codes = (words.long() & 0xFFFFFFFF)[:, :, None] >> shifts & ((1 << bits) - 1)
     return codes.flatten(1)[:, :count].to(torch.uint8)
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """The words that `unpack_words` reads.
+
+    Args:
+        codes: (rows, count), whole numbers of 0 to 2^bits - 1.
+        bits: per code.
+
+    Returns:
+        int32 (rows, words); bits after the last code are zero.
+    """
+    places = torch.arange(codes.shape[1], device=codes.device) * bits
+    words = words_for(codes.shape[1], bits)
+    shifted = codes.long() << places % WORD  # in 64 bits: what is beyond the end of a word belongs to the next one
+    found = torch.zeros(len(codes), words + 1, dtype=torch.int64, device=codes.device)
+    found.index_add_(1, places // WORD, shifted & 0xFFFFFFFF)
+    found.index_add_(1, places // WORD + 1, shifted >> WORD)
+    unsigned = found[:, :words]  # less than 2^32, as no two codes share a bit
+    return torch.where(unsigned >= 1 << 31, unsigned - (1 << 32), unsigned).to(torch.int32).contiguous()

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from runners.arguments import invoke
 from runners.audit.__main__ import main
-from runners.run.kept_run import open_run
 from runners.audit.walks import Walks
-from runners.run.kept_windows import first_windows
 from runners.config.stored import located as with_place
 from runners.config.stored import stored_settings
 from runners.console import console
 from runners.errors import InputError
+from runners.kept.run import open_run
+from runners.kept.windows import first_windows
 from runners.models.blocks import InMemoryModel, linear_layers
 from runners.project import ROOT
 from runners.quantization.finished_blocks import FinishedBlocks

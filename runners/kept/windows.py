@@ -4,10 +4,10 @@ import logging
 
 from torch import Tensor
 
-from runners.run.kept_run import KeptRun
 from runners.data.bos import resolve_bos
 from runners.data.windows import cut_windows
 from runners.errors import InputError, known_names
+from runners.kept.run import KeptRun
 from runners.models.checkpoint import load_tokenizer
 from runners.results import metrics
 
