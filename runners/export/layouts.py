@@ -87,11 +87,8 @@ def group_size_of(stored: StoredLayer) -> int:
     """Input columns that share a scale, -1 for the whole row."""
     grid = stored.layer.grid
     # A row that is one group of the size that was asked for is a group, as its neighbors are.
-    return (
-        -1
-        if grid.scale.shape[1] == 1 and grid.spec.group_size is None
-        else stored.layer.codes.shape[1] // grid.scale.shape[1]
-    )
+    is_whole = grid.scale.shape[1] == 1 and grid.spec.group_size is None
+    return -1 if is_whole else stored.layer.codes.shape[1] // grid.scale.shape[1]
 
 
 def is_scattered(stored: StoredLayer) -> bool:

@@ -1,4 +1,4 @@
-"""`python -m runners.export`: what is written is loaded again and has the run's perplexity; what cannot be held is refused."""
+"""`python -m runners.export`: loaded again, an export has the run's perplexity; what cannot be held is refused."""
 
 import json
 import shutil
@@ -24,17 +24,13 @@ Export = Callable[..., Path]
 
 
 @pytest.fixture
-def export(toy_settings: ToySettings, tmp_path: Path) -> Export:
+def export(toy_settings: ToySettings, toy_model: Path, tmp_path: Path) -> Export:
     """Makes a run of these settings, and writes it in a format."""
 
     def make(layout: str, *settings: str, words: tuple[str, ...] = ()) -> Path:
         run = toy_settings(*settings)
         assert run_cell(run)["status"] == "done"
-        place = (
-            next(word for word in settings if word.startswith("model.path="))[11:]
-            if "model.path=" in str(settings)
-            else run.run.model.path
-        )
+        place = next((word[11:] for word in settings if word.startswith("model.path=")), toy_model)
         to = tmp_path / layout
         invoke([str(run.folder), f"format={layout}", f"to={to}", f"model={place}", "device=cpu", *words], command.main)
         return to
