@@ -17,7 +17,7 @@ from runners.export.card import Check, write_card
 from runners.export.check import checked
 from runners.export.compressed_tensors import CompressedTensors
 from runners.export.gptq import Gptq, has_zero
-from runners.export.layouts import Layout
+from runners.export.layouts import ExportLayout
 from runners.export.writer import write_weights
 from runners.kept.run import KeptRun, open_run
 from runners.run.preflight import open_device
@@ -57,7 +57,7 @@ def main(
     _report(to, size, found)
 
 
-def _layout(name: Format, kept: KeptRun) -> Layout | None:
+def _layout(name: Format, kept: KeptRun) -> ExportLayout | None:
     if name == "dense":
         return None
     return CompressedTensors() if name == "compressed_tensors" else Gptq(has_zero(kept.blocks))

@@ -24,7 +24,7 @@ class CompressedTensors:
     name = "compressed_tensors"
 
     def tensors(self, stored: StoredLayer) -> dict[str, Tensor]:
-        """As for `Layout`."""
+        """As for `ExportLayout`."""
         layer, bits = stored.layer, stored.layer.grid.spec.bits
         scale = plain_grid(stored, OTHERS)
         if is_scattered(stored):
@@ -39,7 +39,7 @@ class CompressedTensors:
         return found
 
     def config(self, layers: list[StoredLayer], ignored: list[str]) -> dict[str, Any]:
-        """As for `Layout`."""
+        """As for `ExportLayout`."""
         groups: dict[tuple[Any, ...], list[str]] = {}
         for stored in layers:
             spec = stored.layer.grid.spec

@@ -40,7 +40,7 @@ class Gptq:
         self.version = 2 if has_zero else 1
 
     def tensors(self, stored: StoredLayer) -> dict[str, Tensor]:
-        """As for `Layout`."""
+        """As for `ExportLayout`."""
         bits, codes = stored.layer.grid.spec.bits, stored.layer.codes
         scale = plain_grid(stored, OTHERS)
         if bits not in BITS:
@@ -59,7 +59,7 @@ class Gptq:
         }
 
     def config(self, layers: list[StoredLayer], ignored: list[str]) -> dict[str, Any]:  # noqa: ARG002
-        """As for `Layout`. What is quantized is named, so what is ignored need not be.
+        """As for `ExportLayout`. What is quantized is named, so what is ignored need not be.
 
         Raises:
             CannotHold: layers differ in bits, group size or symmetry.

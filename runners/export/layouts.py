@@ -30,7 +30,7 @@ class StoredLayer:
     is_linear: bool = True
 
 
-class Layout(Protocol):
+class ExportLayout(Protocol):
     """A layout of checkpoints that some tools read."""
 
     name: str

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quantease.layer import QuantizedLayer
 from runners.errors import InputError
-from runners.export.layouts import CannotHold, Layout, StoredLayer
+from runners.export.layouts import CannotHold, ExportLayout, StoredLayer
 from runners.kept.run import KeptRun
 from runners.models.blocks import InMemoryModel, linear_layers, replace_weights
 from runners.models.shards import INDEX, Shards
@@ -60,7 +60,7 @@ class _Files:
         write(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def write_weights(kept: KeptRun, layout: Layout | None, folder: Path) -> int:
+def write_weights(kept: KeptRun, layout: ExportLayout | None, folder: Path) -> int:
     """Write the weights, config.json, and what else the original folder holds for its tokenizer and for generation.
 
     Args:
@@ -97,7 +97,7 @@ def write_weights(kept: KeptRun, layout: Layout | None, folder: Path) -> int:
 
 
 def _write_streamed(
-    kept: KeptRun, source: StreamedModel, layout: Layout | None, folder: Path
+    kept: KeptRun, source: StreamedModel, layout: ExportLayout | None, folder: Path
 ) -> tuple[_Files, dict[str, Any]]:
     names = match_names(kept.checkpoint.skeleton, Shards.of(kept.checkpoint.folder))
     prefix, files, layers = blocks_prefix(source.model), _Files(folder), list[StoredLayer]()
@@ -124,7 +124,7 @@ def _write_streamed(
 
 
 def _weights(
-    block: nn.Module, quantized: dict[str, QuantizedLayer], layout: Layout | None
+    block: nn.Module, quantized: dict[str, QuantizedLayer], layout: ExportLayout | None
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights of a block, by name; without a layout the quantized ones dequantized."""
     if layout is None:
@@ -139,14 +139,14 @@ def _stored(block: nn.Module, quantized: dict[str, QuantizedLayer], prefix: str)
         yield StoredLayer(prefix + name, layer, module.weight.dtype, isinstance(module, nn.Linear))
 
 
-def _parts(layout: Layout, stored: StoredLayer) -> dict[str, Tensor]:
+def _parts(layout: ExportLayout, stored: StoredLayer) -> dict[str, Tensor]:
     try:
         return layout.tensors(stored)
     except CannotHold as error:
         raise InputError(f"format={layout.name} cannot hold this run: {error}") from None
 
 
-def _entry(layout: Layout, layers: list[StoredLayer], model: nn.Module) -> dict[str, Any]:
+def _entry(layout: ExportLayout, layers: list[StoredLayer], model: nn.Module) -> dict[str, Any]:
     names = {stored.name for stored in layers}
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     try:
