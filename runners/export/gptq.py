@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantease.grids.uniform import UniformGrid
 from runners.export.layouts import CannotHold, StoredLayer, group_size_of, is_scattered, plain_grid, whole_zeros
 from runners.formats.words import pack_words
 from runners.quantization.finished_blocks import FinishedBlocks
@@ -24,7 +25,8 @@ ANY_SIZE = "format=compressed_tensors or format=dense can hold it"
 def has_zero(blocks: FinishedBlocks) -> bool:
     """Whether a zero point of some layer is 0."""
     layers = (layer for index in range(len(blocks.manifests)) for layer in blocks.layers(index, "cpu").values())
-    return any(not layer.grid.spec.symmetric and bool((layer.grid.zero == 0).any()) for layer in layers)
+    grids = (layer.grid for layer in layers if isinstance(layer.grid, UniformGrid))
+    return any(not grid.spec.symmetric and bool((grid.zero == 0).any()) for grid in grids)
 
 
 class Gptq:

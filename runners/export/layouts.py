@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from quantease.grids.uniform import UniformGrid
 from quantease.layer import QuantizedLayer
 
 
@@ -59,7 +60,7 @@ def whole_zeros(stored: StoredLayer, others: str) -> Tensor:
     Raises:
         CannotHold: some are fractions, as SpQR's are.
     """
-    zero = stored.layer.grid.zero
+    zero = uniform_grid(stored, others).zero
     whole = zero.round()
     most = stored.layer.grid.spec.max_code
     if not torch.equal(whole, zero) or bool((zero < 0).any() or (zero > most).any()):
@@ -71,16 +72,30 @@ def plain_grid(stored: StoredLayer, others: str) -> Tensor:
     """The scales of a layer that is nothing but codes on a grid, float32 (out, groups).
 
     Raises:
-        CannotHold: there are outliers or column scales, or the layer is not `nn.Linear`.
+        CannotHold: it is another grid, there are outliers or column scales, or the layer is not `nn.Linear`.
     """
-    layer = stored.layer
+    layer, grid = stored.layer, uniform_grid(stored, others)
     if not stored.is_linear:
         raise CannotHold(f"{stored.name} is a transposed layer (Conv1D), which is not known to the format: {others}")
     if layer.outliers is not None and len(layer.outliers.values):
         raise CannotHold(f"{stored.name} keeps {len(layer.outliers.values)} outliers in high precision: {others}")
     if layer.column_scale is not None:
         raise CannotHold(f"{stored.name} has a scale for each input column: {others}")
-    return layer.grid.scale * 2.0**layer.exponent
+    return grid.scale * 2.0**layer.exponent
+
+
+def uniform_grid(stored: StoredLayer, others: str) -> UniformGrid:
+    """The layer's grid.
+
+    Raises:
+        CannotHold: its values are levels that are looked up, as those of NF4.
+    """
+    grid = stored.layer.grid
+    if not isinstance(grid, UniformGrid):
+        raise CannotHold(
+            f"the grid of {stored.name} is one of levels that are looked up, and the format's is int: {others}"
+        )
+    return grid
 
 
 def group_size_of(stored: StoredLayer) -> int:

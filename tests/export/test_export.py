@@ -54,6 +54,7 @@ HELD = [
     ("dense", "method=rtn"),
     ("dense", "method=awq"),
     ("dense", "method=spqr"),
+    ("dense", "method=gptq", "grid=mxfp4"),
     ("dense", "method=quantease_outlier"),
     ("gptq", "method=gptq", "bits=4"),
     ("gptq", "method=gptq", "bits=3", "group_size=32"),
@@ -86,6 +87,11 @@ def test_what_is_written_has_the_runs_perplexity(export: Export, words: tuple[st
         ("compressed_tensors", ("method=awq",), "has a scale for each input column: format=dense can hold it"),
         ("gptq", ("method=spqr",), "format=dense can hold it"),
         ("compressed_tensors", ("method=spqr",), "format=dense can hold it"),
+        (
+            "compressed_tensors",
+            ("method=rtn", "grid=nf4", "group_size=32"),
+            "levels that are looked up, and the format.s is int",
+        ),
         ("compressed_tensors", ("method=quantease_outlier",), "outliers in high precision: format=dense can hold it"),
     ],
 )
