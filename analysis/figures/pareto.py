@@ -16,6 +16,7 @@ from runners.results.metrics import BITS_PER_WEIGHT, REFERENCE, ppl
 # at 2 bits, ten or a hundred times as high, would press all others onto the axis.
 CLOSE = 1.5
 MARGIN = 0.05  # of an axis, beyond its outermost points
+LEAST_PAD = 1.01  # of an axis of perplexity whose points are all at one height
 SLOT = 0.1  # of the axis's width, for every number of bits per weight beyond the break
 
 
@@ -75,7 +76,7 @@ def _draw_whole(axis: Axes, rows: list[Row], metric: str, look: Look) -> None:
     width = max(high - low, 0.5)
     edges = low - MARGIN * width, high + MARGIN * width
     values = [row[metric] for row in having(rows, metric)]
-    pad = (max(values) / min(values)) ** MARGIN
+    pad = max((max(values) / min(values)) ** MARGIN, LEAST_PAD)
     limits = min(values) / pad, max(values) * pad
     slots = sorted({f"{row[BITS_PER_WEIGHT]:.2f}" for row in far}, key=float)
     right = edges[1] + SLOT * width * len(slots)

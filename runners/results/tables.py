@@ -96,9 +96,12 @@ def next_steps(run: Run, words: Sequence[str]) -> str:
     places = [word for word in words if _sets([word], "results") or _sets([word], "study")]
     hub = [f"{command_text(places, 'model=opt-125m')}            (needs the model hub)"]
     free = not _sets(words, "grid")  # a grid that was chosen says what bits and group_size are
-    steps = [
+    others = [
         command_text(words, "method=rtn,gptq,quantease", *["bits=2,3,4"] * free, sweep=True),
         command_text(words, "method=gptq_quantease", *["group_size=64"] * free),
+    ]
+    steps = [
+        *(others if run["method"] != metrics.STORED else []),  # what was quantized elsewhere is not quantized again
         *([] if _sets(words, "model") else hub),
         f"python -m analysis {shlex.quote(str(Path(run['folder']).parents[1]))}",
         "python run.py --help",

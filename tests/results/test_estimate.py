@@ -197,7 +197,7 @@ def test_cells_that_run_elsewhere_have_no_time(toy_settings: ToySettings) -> Non
 
 
 def test_what_is_done_has_no_estimate_and_a_reference_counts_once(toy_settings: ToySettings) -> None:
-    cells = [toy_settings("method=rtn", f"bits={bits}", "seed=1") for bits in (3, 4, 5)]
+    cells = [toy_settings("method=rtn", f"bits={bits}", "seed=1", "device=cpu") for bits in (3, 4, 5)]
     write_run(cells[0])
     words, lines = forecasts(cells, is_here=True)
     assert words.keys() == {cell.folder for cell in cells[1:]}
