@@ -101,7 +101,7 @@ def next_steps(run: Run, words: Sequence[str]) -> str:
         command_text(words, "method=gptq_quantease", *["group_size=64"] * free),
     ]
     steps = [
-        *(others if run["method"] != metrics.STORED else []),  # what was quantized elsewhere is not quantized again
+        *(others if run.get("method") != metrics.STORED else []),  # what was quantized elsewhere is not quantized again
         *([] if _sets(words, "model") else hub),
         f"python -m analysis {shlex.quote(str(Path(run['folder']).parents[1]))}",
         "python run.py --help",
