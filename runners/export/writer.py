@@ -18,6 +18,7 @@ from runners.errors import InputError
 from runners.export.layouts import CannotHold, ExportLayout, StoredLayer
 from runners.kept.run import KeptRun
 from runners.models.blocks import InMemoryModel, linear_layers, replace_weights
+from runners.models.checkpoint import load
 from runners.models.shards import INDEX, Shards
 from runners.models.streaming import StreamedModel, blocks_prefix, open_model
 from runners.models.weight_names import match_names
@@ -74,7 +75,9 @@ def write_weights(kept: KeptRun, layout: ExportLayout | None, folder: Path) -> i
         InputError: the layout cannot hold the run's layers, or the checkpoint's tensors are not the model's weights.
     """
     source: Any = open_model(kept.checkpoint, kept.model, CPU)
-    if isinstance(source, StreamedModel):
+    if layout is None and _is_converted(kept, source):
+        source = InMemoryModel(load(kept.checkpoint, kept.model, CPU))
+    if isinstance(source, StreamedModel) and not _is_converted(kept, source):
         files, config = _write_streamed(kept, source, layout, folder)
         size = files.size
     elif layout is None:
@@ -94,6 +97,13 @@ def write_weights(kept: KeptRun, layout: ExportLayout | None, folder: Path) -> i
             if not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
     return size
+
+
+def _is_converted(kept: KeptRun, source: Any) -> bool:
+    """Whether some weight of the decoder blocks is not a tensor of the files, as those of experts that transformers joins."""
+    stored = match_names(kept.checkpoint.skeleton, Shards.of(kept.checkpoint.folder)).stored
+    prefix = blocks_prefix(source.model)
+    return any(name not in stored for name, _ in source.model.named_parameters() if name.startswith(prefix))
 
 
 def _write_streamed(
@@ -135,8 +145,8 @@ def _weights(
 def _stored(block: nn.Module, quantized: dict[str, QuantizedLayer], prefix: str) -> Iterator[StoredLayer]:
     linear = linear_layers(block)
     for name, layer in quantized.items():
-        module = linear[name].module
-        yield StoredLayer(prefix + name, layer, module.weight.dtype, isinstance(module, nn.Linear))
+        found = linear[name]
+        yield StoredLayer(prefix + name, layer, found.weight.dtype, isinstance(found.module, nn.Linear))
 
 
 def _parts(layout: ExportLayout, stored: StoredLayer) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from quantease.grids.uniform import UniformGrid
 from quantease.layer import QuantizedLayer
 from runners.quantization.finished_blocks import FinishedBlocks
 
@@ -27,6 +28,7 @@ def words(codes: Tensor, bits: int) -> Tensor:
 def gptq_tensors(layer: QuantizedLayer, version: int) -> dict[str, Tensor]:
     """One layer in GPTQ's layout."""
     grid = layer.grid
+    assert isinstance(grid, UniformGrid)
     bits = grid.spec.bits
     return {
         "qweight": words(layer.codes, bits).T.contiguous(),

@@ -158,7 +158,7 @@ def test_an_input_without_order_of_its_own_is_told_by_its_size() -> None:
 
 def test_a_layer_that_no_held_out_token_reaches() -> None:
     sums = module._Sums()
-    sums.tokens = 5
+    sums.tokens["expert"] = 5
     assert not sums.has("expert")
 
 

@@ -177,6 +177,7 @@ def run_capped(folder: Path, results: Path, *overrides: str, limit: int | None =
     return json.loads(file.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
 def test_the_memory_does_not_grow_with_the_depth(tmp_path: Path) -> None:
     width = 512

@@ -35,7 +35,11 @@ def expected(sweep: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict
     return {row["digest"]: row for cell in cells for row in run_experiment(cell)}
 
 
-@pytest.mark.parametrize("launcher", ["basic", *RUN_HERE])
+SLOW = ("slurm_local", "ray_local")  # workers is their quick twin
+CASES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ("basic", *RUN_HERE)]
+
+
+@pytest.mark.parametrize("launcher", CASES)
 def test_the_same_sweep_gives_the_same_results(
     launcher: str, sweep: list[str], expected: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -64,7 +68,9 @@ def copied_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("launcher", ["basic", "workers", pytest.param("slurm_local", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "launcher", ["basic", *(pytest.param(name, marks=pytest.mark.slow) for name in ("workers", "slurm_local"))]
+)
 def test_results_go_to_the_project_or_to_the_folder_that_is_named_from_where_the_command_was_given(
     launcher: str, copied_project: Path, toy_model: Path, data_root: Path, tmp_path: Path
 ) -> None:

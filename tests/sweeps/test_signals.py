@@ -107,10 +107,14 @@ def test_an_interrupt_that_is_ignored_from_the_start_stays_ignored() -> None:
 
 
 def test_what_interrupts_was_is_restored() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with interrupts_end_it():
-        assert signal.getsignal(signal.SIGINT) is not before
-    assert signal.getsignal(signal.SIGINT) is before
+    # Set here, because whatever a script starts in its background ignores interrupts.
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with interrupts_end_it():
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, outside)
 
 
 @pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGUSR2])
