@@ -100,7 +100,7 @@ def write_weights(kept: KeptRun, layout: ExportLayout | None, folder: Path) -> i
 
 
 def _is_converted(kept: KeptRun, source: Any) -> bool:
-    """Whether some weight of the decoder blocks is not a tensor of the files, as those of experts that transformers joins."""
+    """Whether some weight of the decoder blocks is no tensor of the files, as those of experts that transformers joins."""
     stored = match_names(kept.checkpoint.skeleton, Shards.of(kept.checkpoint.folder)).stored
     prefix = blocks_prefix(source.model)
     return any(name not in stored for name, _ in source.model.named_parameters() if name.startswith(prefix))
@@ -165,7 +165,7 @@ def _entry(layout: ExportLayout, layers: list[StoredLayer], model: nn.Module) ->
         raise InputError(f"format={layout.name} cannot hold this run: {error}") from None
 
 
-def _write_whole(kept: KeptRun, source: InMemoryModel, folder: Path) -> int:
+def _write_whole(kept: KeptRun, source: Any, folder: Path) -> int:
     """Let transformers write a model whose tensors it converts when it loads them."""
     for index, block in enumerate(source.blocks):
         replace_weights(block, kept.blocks.layers(index, "cpu"))
