@@ -25,6 +25,10 @@ class ActOrder(LayerSolver):
     def rows_independent(self) -> bool:
         return self.solver.rows_independent
 
+    @property
+    def needs_cross(self) -> bool:
+        return self.solver.needs_cross
+
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         # Stable: of equal inputs (dead ones) the first stays first, on every device.
         order = problem.hessian.diagonal().argsort(descending=True, stable=True)

@@ -92,6 +92,10 @@ class QuantEase(LayerSolver):
     def rows_independent(self) -> bool:  # each row has its own scale and residual, whatever starts the sweeps
         return self.init is None or self.init.rows_independent
 
+    @property
+    def needs_cross(self) -> bool:
+        return self.init is not None and self.init.needs_cross
+
     @at_normal_scale
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         start = self.init.solve(problem, spec) if self.init else None

@@ -33,6 +33,11 @@ class LayerProblem:
             all methods round their weights to nearest.
         order: (in,), the place in the layer that each column of this problem has; None: its own.
         mean_input: (in,), the mean of |x| over the calibration tokens, which AWQ needs.
+        cross: (in, in), the *cross moment* sum (x - x^) x^^T, on the scale of the Hessian: x^ are the inputs that the
+            Hessian is of, x those of the same tokens in the unquantized model, so it is what the inputs have lost in the
+            quantized blocks before. None but for a method with `needs_cross`.
+        cross_half: (in, in), the part of `cross` that every second calibration sequence adds: the difference of the two
+            parts tells noise from loss. None where `cross` is.
         siblings: weights (out of each, in) of the other layers that receive the same input, for methods whose layers
             share something.
     """
@@ -42,6 +47,8 @@ class LayerProblem:
     order: Tensor | None = None
     mean_input: Tensor | None = None
     siblings: tuple[Tensor, ...] = ()
+    cross: Tensor | None = None
+    cross_half: Tensor | None = None
 
     def __post_init__(self) -> None:
         faint = faint_inputs(self.hessian)
@@ -52,6 +59,9 @@ class LayerProblem:
         object.__setattr__(self, "hessian", hessian)
         if self.mean_input is not None:
             object.__setattr__(self, "mean_input", self.mean_input.masked_fill(faint, 0))
+        for name in ("cross", "cross_half"):  # only x^ is faint: x may be an input that the layer has lost
+            if (moment := getattr(self, name)) is not None:
+                object.__setattr__(self, name, moment.masked_fill(faint, 0))
 
     def permuted(self, order: Tensor) -> "LayerProblem":
         """The same problem with its input columns in another order."""
@@ -62,6 +72,8 @@ class LayerProblem:
             order=order if self.order is None else self.order[order],  # permutations compose
             mean_input=None if self.mean_input is None else self.mean_input[order],
             siblings=tuple(weight[:, order] for weight in self.siblings),
+            cross=None if self.cross is None else self.cross[order][:, order],
+            cross_half=None if self.cross_half is None else self.cross_half[order][:, order],
         )
 
     def scaled(self, scale: Tensor) -> "LayerProblem":
@@ -75,6 +87,8 @@ class LayerProblem:
             hessian=self.hessian / scale / scale[:, None],
             mean_input=None if self.mean_input is None else self.mean_input / scale,
             siblings=tuple(weight * scale for weight in self.siblings),
+            cross=None if self.cross is None else self.cross / scale / scale[:, None],
+            cross_half=None if self.cross_half is None else self.cross_half / scale / scale[:, None],
         )
 
     def fit_grid(self, spec: GridSpec, weight: Tensor | None = None, like: Grid | None = None) -> Grid:
@@ -202,6 +216,14 @@ class LayerSolver(Protocol):
         If False, the method also runs without calibration data: all inputs of its problems are then dead ones.
         """
         return True
+
+    @property
+    def needs_cross(self) -> bool:
+        """Whether the answer depends on `cross`; by default it does not.
+
+        If True, the unquantized model walks through the calibration sequences in step with the quantized one.
+        """
+        return False
 
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         """Quantize one layer; leaves `problem` as it is.
