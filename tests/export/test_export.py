@@ -18,7 +18,7 @@ from runners.formats.words import pack_words, unpack_words
 from runners.models.blocks import decoder_blocks, linear_layers
 from runners.quantization.finished_blocks import FinishedBlocks
 from runners.run.experiment import run_cell
-from tests.conftest import ToySettings
+from tests.conftest import ToySettings, missing
 
 Export = Callable[..., Path]
 
@@ -117,7 +117,7 @@ def test_the_dense_weights_are_those_that_were_measured(toy_settings: ToySetting
 
 
 def test_transformers_reads_compressed_tensors(export: Export) -> None:
-    pytest.importorskip("compressed_tensors", reason='not installed: pip install -e ".[dev]"')
+    pytest.importorskip("compressed_tensors", reason=missing("compressed-tensors"))
     folder = export("compressed_tensors", "method=gptq", "bits=3", "group_size=32")
     assert facts(folder)["check"]["reader"] == "transformers"
 
