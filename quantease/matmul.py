@@ -36,12 +36,24 @@ def add_second_moment(total: Tensor, x: Tensor, parts: int = 1) -> Tensor:
         parts: slices of the rows of `total` that are added one after the other. On a GPU the product is a matrix of its
             own before it is added; with more parts it takes less memory.
     """
+    return add_cross_moment(total, x, x, parts)
+
+
+def add_cross_moment(total: Tensor, first: Tensor, second: Tensor, parts: int = 1) -> Tensor:
+    """Add sum x y^T to `total` (in, in), float32, in place, for x and y in the rows of `first` and `second` (tokens, in).
+
+    Args:
+        total: the sum so far.
+        first: in the dtype of `second`.
+        second: activations in the dtype of the model.
+        parts: as for `add_second_moment`.
+    """
     # Half-precision inputs are exact in `product`. Others, and all on a CPU, are summed in float32 in place.
-    on_cuda = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
-    x = x if on_cuda else x.float()
-    for rows, columns in zip(total.chunk(parts), x.T.chunk(parts), strict=True):
+    on_cuda = second.is_cuda and second.dtype in (torch.float16, torch.bfloat16)
+    first, second = (first, second) if on_cuda else (first.float(), second.float())
+    for rows, columns in zip(total.chunk(parts), first.T.chunk(parts), strict=True):
         if on_cuda:
-            rows.add_(product(columns, x))
+            rows.add_(product(columns, second))
         else:
-            rows.addmm_(columns, x)
+            rows.addmm_(columns, second)
     return total

@@ -84,7 +84,12 @@ class Run:
             check_name("the name of a text or task in evaluation", name)
 
     def _check_inputs(self) -> None:
-        """Refuse a method that needs inputs where there is no calibration."""
+        """Refuse a method that needs inputs where there is no calibration, or other inputs than it measures."""
+        if self.needs_cross and self.calibration is not None and self.calibration.inputs != "quantized":
+            raise ValueError(
+                f"calibration.inputs={self.calibration.inputs} shows nothing of what {self.method.name} corrects for, which "
+                "the inputs of a layer have lost in the quantized blocks before it: take calibration.inputs=quantized"
+            )
         if self.calibration is not None or not self.quantizes or not self.solver.needs_inputs:
             return
         who = f"{self.method.name} is fitted to the inputs of the layers"
@@ -101,6 +106,11 @@ class Run:
     def quantizes(self) -> bool:
         """False for the unquantized reference, on which the grid and the calibration have no effect."""
         return _quantizes(self)
+
+    @property
+    def needs_cross(self) -> bool:
+        """Whether the unquantized model walks through the calibration sequences beside the quantized one."""
+        return self.quantizes and self.solver.needs_cross
 
     @property
     def takes_other_fallback(self) -> bool:

@@ -107,6 +107,11 @@ class BlockActivations:
         self._handed = {name: joined([part[name] for part in handed], rows) for name in handed[0]}
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
+    def run_batch(self, index: int, number: int) -> Tensor:
+        """Send batch `number` alone through decoder block `index`; returns what leaves the block, as `run` does."""
+        self.batch_index = number
+        return self.forward(index, self.hidden[number].to(self.source.device))
+
     def sample(self, index: int) -> None:
         """Send as many sequences through decoder block `index` as go through it at once, for what hooks see of it."""
         self.batch_index = 0
@@ -150,7 +155,7 @@ class BlockActivations:
 
     def to_host(self) -> str | None:
         """Move the activations to host memory: a remedy for `Memory.retry`; None: they are not on a GPU."""
-        if self.memory.offload or self.source.device.type != "cuda":
+        if not any(hidden.is_cuda for hidden in self.hidden):
             return None
         self.memory.offload = True
         for place, hidden in enumerate(self.hidden):

@@ -158,6 +158,21 @@ def refuse_left_out(model: Any, warnings: str) -> None:
         raise InputError(f"{left}; warnings=record goes on and records it")
 
 
+def refuse_experts(model: Any, method: str) -> None:
+    """Refuse a model with experts, for a method that pairs the inputs of every layer in two models.
+
+    Raises:
+        InputError: naming the first expert.
+    """
+    for index, block in enumerate(decoder_blocks(model)):
+        for name, layer in linear_layers(block).items():
+            if layer.of_expert is not None:
+                raise InputError(
+                    f"{method} pairs the inputs of every layer in the quantized and the unquantized model, and {name} in "
+                    f"block {index} is one of its experts, which receive other tokens in each: take another method"
+                )
+
+
 def _refuse_shared_weights(model: nn.Module, blocks: nn.ModuleList) -> None:
     """Refuse blocks that share a weight: the second would be calibrated, and quantized, on what the first has left of it."""
     owner: dict[int, tuple[int, str]] = {}

@@ -56,7 +56,14 @@ class LayerGroup:
             # As if all inputs were dead. Zeros that share one place: a matrix of them could be larger than the layer.
             nothing = torch.zeros((), device=weight.device).expand(weight.shape[1], weight.shape[1])
             return LayerProblem(weight, nothing, siblings=siblings)
-        return LayerProblem(weight, statistics.hessian, mean_input=statistics.mean_input, siblings=siblings)
+        return LayerProblem(
+            weight,
+            statistics.hessian,
+            mean_input=statistics.mean_input,
+            siblings=siblings,
+            cross=statistics.cross,
+            cross_half=statistics.cross_half,
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from runners.config.settings import Settings
 from runners.data.datasets import HubDataset
 from runners.errors import InputError
 from runners.evaluation.tasks import check_task_name
-from runners.models.blocks import check_divisibility, refuse_left_out
+from runners.models.blocks import check_divisibility, refuse_experts, refuse_left_out
 from runners.models.checkpoint import Model, model_skeleton
 
 
@@ -55,6 +55,8 @@ def _grid_problem(skeleton: Any, run: Run) -> str | None:
     try:
         check_divisibility(skeleton, run.grid)
         refuse_left_out(skeleton, run.warnings)
+        if run.needs_cross:
+            refuse_experts(skeleton, run.method.name)
     except InputError as error:
         return str(error)
     return None

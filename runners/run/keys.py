@@ -16,6 +16,7 @@ OF_ACTIVATIONS = (  # the modules that compute activations and Hessians; a chang
     "runners/models/containers.py",
     "runners/models/activations.py",
     "runners/quantization/input_statistics.py",
+    "runners/quantization/measuring.py",
     "runners/quantization/token_energy.py",
     "runners/quantization/calibration_activations.py",
     "runners/quantization/calibration_modes.py",

@@ -13,7 +13,7 @@ from runners.data.windows import Windows, cut_texts
 from runners.errors import InputError
 from runners.evaluation.prompts import check_prompts
 from runners.evaluation.tasks import ReadyTask, prepare_tasks
-from runners.models.blocks import check_coverage, check_divisibility, decoder_blocks, refuse_left_out
+from runners.models.blocks import check_coverage, check_divisibility, decoder_blocks, refuse_experts, refuse_left_out
 from runners.models.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from runners.run.environment import environment
 
@@ -52,6 +52,8 @@ def preflight(settings: Settings) -> RunInputs:
     if settings.run.quantizes:
         check_divisibility(checkpoint.skeleton, settings.run.grid)
         refuse_left_out(checkpoint.skeleton, settings.run.warnings)
+        if settings.run.needs_cross:
+            refuse_experts(checkpoint.skeleton, settings.run.method.name)
         if (left := check_coverage(checkpoint.skeleton)) is not None:
             log.warning("%s", left)
     tokenizer = load_tokenizer(checkpoint)

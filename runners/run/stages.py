@@ -32,6 +32,7 @@ from runners.quantization.calibration_modes import (
 from runners.quantization.finished_blocks import FinishedBlocks, delete_finished_blocks
 from runners.quantization.input_statistics import StatisticsCache
 from runners.quantization.layerwise import Quantization
+from runners.quantization.paired_inputs import PairedInputs
 from runners.quantization.stored_elsewhere import gguf_metrics, stored_metrics, stored_records
 from runners.results import metrics
 from runners.results.layers import LayerRecord, summarize_layers
@@ -140,15 +141,20 @@ class Stages:
         )
         if calibration is None or sequences is None:
             return NoInputs(NoActivations(self.source, self.memory, phases))
+        paired = self.settings.run.needs_cross
+        options: dict[str, Any] = {"memory": self.memory, "phases": phases}
+        original = CalibrationActivations(self.source, sequences.used, batch_size, **options) if paired else None
         activations = CalibrationActivations(
             self.source,
             sequences.used,
             batch_size,
             sequences.held_out,
-            self.memory,
-            phases,
             length_one=calibration.scales_tokens,
+            in_step=original,
+            **options,
         )
+        if original is not None:
+            return PairedInputs(activations, original, calibration.true_sequential)
         if calibration.inputs == "full_precision":
             key = statistics_key(self.settings, self.inputs)
             return FullPrecisionInputs(activations, StatisticsCache(self.cache, key, self.inputs.device))

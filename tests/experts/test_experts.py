@@ -24,7 +24,8 @@ from runners.models.experts import own_experts, routers, take_apart
 from runners.models.shards import Shards
 from runners.models.streaming import StreamedModel, open_model
 from runners.models.walk_check import check_walk
-from runners.quantization.input_statistics import input_groups, input_statistics, passes_in_sequence
+from runners.quantization.input_statistics import input_groups, passes_in_sequence
+from runners.quantization.measuring import input_statistics
 from runners.results.layers import ROUTER_NOTE, LayerRecord, summarize_layers
 from runners.run.experiment import run_cell
 from tests.conftest import ToySettings

@@ -18,7 +18,8 @@ from runners.models.blocks import InMemoryModel, check_coverage, decoder_blocks,
 from runners.models.memory import Memory
 from runners.models.walk_check import check_walk
 from runners.quantization.finished_blocks import FinishedBlocks
-from runners.quantization.input_statistics import input_groups, input_statistics
+from runners.quantization.input_statistics import input_groups
+from runners.quantization.measuring import input_statistics
 from tests.families import FAMILIES, random_ids, random_model
 from tests.quantize import quantize
 
