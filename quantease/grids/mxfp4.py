@@ -28,21 +28,9 @@ EXPONENT = 2  # of the largest level, 6 = 1.5 * 2^2
 class MXFP4:
     """Groups of 32 columns."""
 
-    @property
-    def name(self) -> str:
-        return "mxfp4"
-
-    @property
-    def levels(self) -> Tensor:
-        return e2m1.LEVELS
-
-    @property
-    def thresholds(self) -> Tensor:
-        return e2m1.THRESHOLDS
-
-    @property
-    def scales_of_tensor(self) -> bool:
-        return False
+    name = "mxfp4"
+    levels, thresholds = e2m1.LEVELS, e2m1.THRESHOLDS
+    scales_of_tensor = False
 
     def check(self, spec: "GridSpec") -> None:
         check_request(spec, self.name, bits=4, group_size=32, own_scales=True)

@@ -46,21 +46,9 @@ THRESHOLDS = thresholds_of(LEVELS)
 class NF4:
     """Groups of any size; bitsandbytes takes 64."""
 
-    @property
-    def name(self) -> str:
-        return "nf4"
-
-    @property
-    def levels(self) -> Tensor:
-        return LEVELS
-
-    @property
-    def thresholds(self) -> Tensor:
-        return THRESHOLDS
-
-    @property
-    def scales_of_tensor(self) -> bool:
-        return False
+    name = "nf4"
+    levels, thresholds = LEVELS, THRESHOLDS
+    scales_of_tensor = False
 
     def check(self, spec: "GridSpec") -> None:
         check_request(spec, self.name, bits=4, group_size=None, own_scales=False)

@@ -29,21 +29,9 @@ IN_PLACE_OF_ZERO = 0.125  # the epsilon of E4M3
 class NVFP4:
     """Groups of 16 columns."""
 
-    @property
-    def name(self) -> str:
-        return "nvfp4"
-
-    @property
-    def levels(self) -> Tensor:
-        return e2m1.LEVELS
-
-    @property
-    def thresholds(self) -> Tensor:
-        return e2m1.THRESHOLDS
-
-    @property
-    def scales_of_tensor(self) -> bool:
-        return True
+    name = "nvfp4"
+    levels, thresholds = e2m1.LEVELS, e2m1.THRESHOLDS
+    scales_of_tensor = True
 
     def check(self, spec: "GridSpec") -> None:
         check_request(spec, self.name, bits=4, group_size=16, own_scales=True)
