@@ -3,10 +3,8 @@
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from runners.console import progress
@@ -17,7 +15,7 @@ from runners.export.card import Check
 from runners.kept.run import KeptRun
 from runners.kept.windows import first_windows
 from runners.models.blocks import BlockSource, InMemoryModel
-from runners.models.checkpoint import open_checkpoint
+from runners.models.checkpoint import from_files, open_checkpoint
 from runners.models.streaming import open_model
 from runners.results import metrics
 
@@ -69,13 +67,7 @@ def _by_transformers(folder: Path, kept: KeptRun, device: torch.device) -> Block
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, kept.model.dtype) if kept.model.dtype else "auto",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        model, _ = from_files(folder, kept.model.dtype)
     except Exception as error:  # whatever transformers and the packages that it calls raise
         why = " ".join(str(error).split())[:300]
         raise InputError(f"transformers cannot load what was written to {folder}: {why}") from error

@@ -203,23 +203,12 @@ def load(checkpoint: Checkpoint, model: Model, device: torch.device) -> nn.Modul
     Raises:
         InputError: a weight is missing, has another shape than config.json says, or is not finite.
     """
-    dtype = getattr(torch, model.dtype) if model.dtype else "auto"
     # Before the weights are read, and by the same rule as where they are read block by block.
     refuse_unused(checkpoint.folder, match_names(checkpoint.skeleton, checkpoint.shards).unused)
     transformers_logging.disable_progress_bar()
     try:
-        loaded: Any
-        if checkpoint.packed:
-            loaded, info = _from_packed(checkpoint, model)
-        else:
-            loaded, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-                checkpoint.folder,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+        packed = checkpoint.packed
+        loaded, info = _from_packed(checkpoint, model) if packed else from_files(checkpoint.folder, model.dtype)
     except InputError:
         raise
     except Exception as error:
@@ -236,6 +225,24 @@ def load(checkpoint: Checkpoint, model: Model, device: torch.device) -> nn.Modul
                 f"the weight {name} in {checkpoint.folder} contains NaN or infinity: the checkpoint is damaged"
             )
     return loaded
+
+
+def from_files(folder: Path, dtype: str | None) -> tuple[Any, dict[str, Any]]:
+    """What transformers makes of the files in a folder, and what it says of how it has loaded them.
+
+    It raises whatever its classes raise. None of the folder's code is run.
+
+    Args:
+        dtype: of the weights; None: what the checkpoint holds.
+    """
+    return AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportReturnType]
+        folder,
+        dtype=getattr(torch, dtype) if dtype else "auto",
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
 
 
 def _from_packed(checkpoint: Checkpoint, model: Model) -> Any:
