@@ -4,7 +4,6 @@ python -m runners.export results/runs/tiny/gptq-3b-DIGEST format=compressed_tens
 python -m runners.export RUN format=dense to=FOLDER text=wikitext2
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -20,6 +19,7 @@ from runners.export.gptq import Gptq, has_zero
 from runners.export.layouts import ExportLayout
 from runners.export.writer import write_weights
 from runners.kept.run import KeptRun, open_run
+from runners.results.run_folder import RunFolder
 from runners.run.preflight import open_device
 from runners.storage.files import check_writable
 
@@ -43,13 +43,14 @@ def main(
     check_writable(to)
     where = open_device(device)
     kept = open_run(run, model)
+    batch_size = RunFolder(run).environment().get("batch_size", 1)  # the run's, as it decides the order of sums
     partial = to.with_name(f"{to.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     found = None
     try:
         size = write_weights(kept, _layout(format, kept), partial)
         if check:
-            found = checked(kept, partial, format, where, _batch_size(run), text=text, data_root=data_root)
+            found = checked(kept, partial, format, where, batch_size, text=text, data_root=data_root)
         write_card(kept, partial, run, format, size, found)
         partial.rename(to)
     finally:
@@ -61,14 +62,6 @@ def _layout(name: Format, kept: KeptRun) -> ExportLayout | None:
     if name == "dense":
         return None
     return CompressedTensors() if name == "compressed_tensors" else Gptq(has_zero(kept.blocks))
-
-
-def _batch_size(run: Path) -> int:
-    """That of the run, as it decides the order of sums; 1 where the run does not say."""
-    try:
-        return int(json.loads((run / "environment.json").read_text(encoding="utf-8"))["batch_size"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 1
 
 
 def _report(to: Path, size: int, found: Check | None) -> None:

@@ -20,6 +20,7 @@ from runners.results.seal import SEALED, facts_of_files, read_run
 from runners.storage.files import write
 from runners.storage.locks import file_lock
 
+ENVIRONMENT = "environment.json"
 LOCK = ".lock"  # in a run's folder; held by the process that works on the run, and released by the kernel when it dies
 KEPT_BLOCKS = "checkpoint/identity.json"  # there as long as the finished blocks of a run are
 LOCK_SECONDS = 1.0  # to wait for the lock: `is_running` holds it for a moment, and must not keep a run from starting
@@ -49,6 +50,14 @@ class RunFolder:
                 f"{file} is of another run, {metrics['digest']}: delete it to run this again, or use force=true"
             )
         return metrics
+
+    def environment(self) -> dict[str, Any]:
+        """What `environment.json` says of the machine and the libraries; empty where it is missing or damaged."""
+        try:
+            content = json.loads((self.path / ENVIRONMENT).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return content if isinstance(content, dict) else {}
 
     def metrics_to_keep(self, force: bool, retry_failed: bool) -> dict[str, Any] | None:
         """The metrics of a run that is not to be run again; None where it is.

@@ -4,7 +4,6 @@ A run and a cell that is still to be run describe their work alike: by what `Set
 its `config.yaml`.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import yaml
 
 from runners.results.metrics import METRICS, MODEL_PATH, REFERENCE, UNIFORM, Status, read
+from runners.results.run_folder import RunFolder
 
 OF_A_MODEL = ("path", "revision", "dtype", "sequence_length")  # what tells two models apart; its name does not
 OF_A_GRID = ("symmetric", "grid_range", "act_order")
@@ -130,7 +130,7 @@ def _measured(folder: Path, model: tuple[Any, ...], machine: Machine) -> Measure
         metrics = read(folder / METRICS)
         if metrics["status"] != Status.DONE or metrics.get(MODEL_PATH, model[0]) != model[0]:
             return None
-        environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        environment = RunFolder(folder).environment()
         there = Machine(environment["device"], environment.get("processor", ""), environment.get("threads", 0))
         if not machine.is_same(there):
             return None
