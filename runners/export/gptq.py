@@ -24,9 +24,9 @@ ANY_SIZE = "format=compressed_tensors or format=dense can hold it"
 
 def has_zero(blocks: FinishedBlocks) -> bool:
     """Whether a zero point of some layer is 0."""
-    layers = (layer for index in range(len(blocks.manifests)) for layer in blocks.layers(index, "cpu").values())
-    grids = (layer.grid for layer in layers if isinstance(layer.grid, UniformGrid))
-    return any(not grid.spec.symmetric and bool((grid.zero == 0).any()) for grid in grids)
+    of_blocks = (blocks.layers(index, "cpu").values() for index in range(len(blocks.manifests)))
+    grids = (layer.grid for layers in of_blocks for layer in layers)
+    return any(isinstance(grid, UniformGrid) and bool((grid.zero == 0).any()) for grid in grids)
 
 
 class Gptq:
