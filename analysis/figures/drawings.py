@@ -56,7 +56,7 @@ def _drawings(frame: pd.DataFrame, summary: list[Row], runs: pd.DataFrame) -> It
         errors = partial(errors_and_kl, summary, runs, model)
         yield f"errors-{model}.png", f"{ERRORS_CAPTION}, {model}", errors
     yield "zero_shot.png", "Zero-shot accuracy against model size", partial(size_figures.zero_shot, summary)
-    yield "seconds.png", "Time to quantize against model size", partial(size_figures.seconds, summary)
+    yield "seconds.png", size_figures.seconds_caption(summary), partial(size_figures.seconds, summary)
 
 
 def _layer_drawings(summary: list[Row], layers: pd.DataFrame, model: str) -> Iterator[Drawing]:

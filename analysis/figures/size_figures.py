@@ -8,7 +8,16 @@ from matplotlib.figure import Figure
 from analysis.figures.points import LeftOut, draw_series, fill_keys, having, quantized, texts_of
 from analysis.figures.style import Look, is_hollow, legend, log_axis, looks, panels, styled
 from analysis.series import Row, all_keys
-from runners.results.metrics import QUANTIZE_SECONDS, REFERENCE, bits_words, ppl, zero_shot_parts
+from runners.results.metrics import (
+    QUANTIZE_SECONDS,
+    REFERENCE,
+    bits_words,
+    calibration_seconds,
+    ppl,
+    zero_shot_parts,
+)
+
+SECONDS_CAPTION = "Time to quantize against model size"
 
 
 @styled
@@ -49,6 +58,16 @@ def seconds(summary: list[Row]) -> Figure:
         axis.set(xlabel="parameters", ylabel="seconds to quantize", title=device)
     legend(figure, look, fill_keys(rows))
     return figure
+
+
+def seconds_caption(summary: list[Row]) -> str:
+    """What the figure of seconds shows, and how much of them is the calibration's, which is much alike for all methods."""
+    timed = [(calibration_seconds(row), row[QUANTIZE_SECONDS]) for row in having(quantized(summary), QUANTIZE_SECONDS)]
+    shares = [part / whole for part, whole in timed if part is not None and whole > 0]
+    if not shares:
+        return SECONDS_CAPTION
+    low, high = f"{min(shares):.0%}".rstrip("%"), f"{max(shares):.0%}".rstrip("%")
+    return f"{SECONDS_CAPTION}; calibration takes {low if low == high else f'{low} to {high}'} % of it"
 
 
 def _draw_by_size(summary: list[Row], titles: dict[str, str], log: bool) -> Figure:

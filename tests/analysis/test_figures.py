@@ -89,6 +89,15 @@ def test_time_is_shown_for_each_device(summary: list[Row]) -> None:
     assert [axis.get_title() for axis in size_figures.seconds(other).axes] == ["CPU", "NVIDIA H200"]
 
 
+def test_the_caption_of_the_time_says_how_much_is_the_calibrations(summary: list[Row]) -> None:
+    assert size_figures.seconds_caption(summary) == "Time to quantize against model size"  # it was not measured
+    phases = {"quantize/calibrate_seconds": 0.2, "quantize/propagate_seconds": 0.1}  # of a second
+    timed = [row | {"quantize/seconds": 1.0} | phases for row in summary]
+    assert size_figures.seconds_caption(timed).endswith("; calibration takes 30 % of it")
+    timed[-1]["quantize/seconds"] = 0.5
+    assert size_figures.seconds_caption(timed).endswith("; calibration takes 30 to 60 % of it")
+
+
 def test_the_pareto_figure_joins_nothing_but_the_front(summary: list[Row]) -> None:
     figure = pareto(summary, "opt-13b")
     joined = [line for axis in figure.axes for line in axis.get_lines() if len(np.asarray(line.get_xdata())) > 1]

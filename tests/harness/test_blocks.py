@@ -14,7 +14,14 @@ from baselines.gptq import GPTQ
 from quantease.grid import GridSpec
 from runners.errors import InputError
 from runners.models.activations import BlockActivations
-from runners.models.blocks import InMemoryModel, check_coverage, decoder_blocks, linear_layers, other_matrices
+from runners.models.blocks import (
+    InMemoryModel,
+    check_coverage,
+    decoder_blocks,
+    linear_layers,
+    other_matrices,
+    refuse_left_out,
+)
 from runners.models.memory import Memory
 from runners.models.walk_check import check_walk
 from runners.quantization.finished_blocks import FinishedBlocks
@@ -142,6 +149,9 @@ def test_matrices_outside_linear_layers_are_found_in_every_block() -> None:
         "stay unquantized and are counted in bits_per_weight at the bits they are stored in (first: "
         "mlp.experts.gate_up_proj (2, 128, 32) in block 1)"
     )
+    refuse_left_out(model, "record")
+    with pytest.raises(InputError, match=r"2 matrices .* in block 1\); warnings=record goes on and records it$"):
+        refuse_left_out(model, "error")
 
 
 def test_blocks_that_share_a_weight_are_refused() -> None:

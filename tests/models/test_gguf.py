@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from runners.config.command_line import check
+from runners.console import console
 from runners.errors import InputError
 from runners.fetch import packages
 from runners.gguf_files import conversion
@@ -156,6 +157,17 @@ def test_a_file_of_float32_gives_the_model_back(architecture: str, tmp_path: Pat
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-4)
     assert open_checkpoint(Model("m", str(tmp_path / "m.gguf"))).note is None
+
+
+def test_a_conversion_is_announced_when_it_is_made(tmp_path: Path) -> None:
+    file = tmp_path / "a [red] name.gguf"  # markup is printed as it is
+    write_gguf(file)
+    with console.capture() as first:
+        folder = conversion.converted(file)
+    assert first.get() == f"converting {file}, once, into {folder}\n"
+    with console.capture() as second:
+        assert conversion.converted(file) == folder
+    assert second.get() == ""
 
 
 @pytest.mark.parametrize("kind", TYPES)
