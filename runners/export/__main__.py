@@ -48,14 +48,14 @@ def main(
     partial.mkdir(parents=True)
     found = None
     try:
-        size = write_weights(kept, _layout(format, kept), partial)
+        written = write_weights(kept, _layout(format, kept), partial)
         if check:
             found = checked(kept, partial, format, where, batch_size, text=text, data_root=data_root)
-        write_card(kept, partial, run, format, size, found)
+        write_card(kept, partial, run, format, written, found)
         partial.rename(to)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _report(to, size, found)
+    _report(to, written.size, found)
 
 
 def _layout(name: Format, kept: KeptRun) -> ExportLayout | None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from runners.export.writer import Written
 from runners.kept.run import KeptRun
 from runners.results import metrics
 from runners.run.environment import versions
@@ -37,20 +38,22 @@ class Check:
         return f"{how} {self.after:.4f}, in the run {self.before:.4f}{digits}"
 
 
-def write_card(kept: KeptRun, folder: Path, run: Path, name: str, size: int, checked: Check | None) -> None:
+def write_card(kept: KeptRun, folder: Path, run: Path, name: str, written: Written, checked: Check | None) -> None:
     """Write both files.
 
     Args:
         folder: of the export.
         run: the run's folder, as it was typed.
         name: of the format.
-        size: of all tensors, in bytes.
+        written: its size, and what was folded.
         checked: None: it was not loaded again.
     """
     command = f"python -m runners.export {shlex.quote(str(run))} format={name} to=FOLDER"
     if checked is not None:
         command += f" text={checked.text}"
-    facts = _facts(kept) | {"format": name, "bytes": size, "command": command, "versions": versions()}
+    facts = _facts(kept) | {"format": name, "bytes": written.size, "command": command, "versions": versions()}
+    if written.folded:
+        facts["folded"] = list(written.folded)
     facts["check"] = None if checked is None else asdict(checked)
     write(folder / FACTS, json.dumps(facts, indent=2) + "\n")
     write(folder / CARD, _card(kept, facts, checked))
@@ -74,7 +77,7 @@ Made by QuantEase Bench from a finished run, in the format `{facts["format"]}`:
 {facts["command"]}
 ```
 
-{check}
+{check}{_folded(facts.get("folded", []))}
 
 | of the run | |
 |---|---|
@@ -82,6 +85,19 @@ Made by QuantEase Bench from a finished run, in the format `{facts["format"]}`:
 The weights are those of the original model but for the quantized layers; its license holds for them. `export.json` has the
 same facts for programs, with the versions of the libraries.
 """
+
+
+def _folded(words: list[str]) -> str:
+    """What was done with column scales, for which the format has no place."""
+    if not words:
+        return ""
+    moved = "".join(f"- of {each}\n" for each in words)
+    return f"""
+
+The format has no place for the scales of input columns. They are folded into what stands before, which is exact but for the
+rounding of the weights, biases and scales that take them:
+
+{moved}"""
 
 
 def _sentence(checked: Check) -> str:

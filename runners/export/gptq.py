@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from quantease.grids.uniform import UniformGrid
-from runners.export.layouts import CannotHold, StoredLayer, group_size_of, is_scattered, plain_grid, whole_zeros
+from runners.export.layouts import (
+    CannotHold,
+    StoredLayer,
+    all_layers,
+    group_size_of,
+    is_scattered,
+    plain_grid,
+    whole_zeros,
+)
 from runners.formats.words import pack_words
 from runners.quantization.finished_blocks import FinishedBlocks
 
@@ -24,8 +32,7 @@ ANY_SIZE = "format=compressed_tensors or format=dense can hold it"
 
 def has_zero(blocks: FinishedBlocks) -> bool:
     """Whether a zero point of some layer is 0."""
-    of_blocks = (blocks.layers(index, "cpu").values() for index in range(len(blocks.manifests)))
-    grids = (layer.grid for layers in of_blocks for layer in layers)
+    grids = (layer.grid for layer in all_layers(blocks))
     return any(isinstance(grid, UniformGrid) and bool((grid.zero == 0).any()) for grid in grids)
 
 
@@ -50,13 +57,14 @@ class Gptq:
         if any(size % MULTIPLE for size in codes.shape):
             shape = " x ".join(map(str, codes.shape))
             raise CannotHold(f"{stored.name} is {shape}, and the format takes multiples of {MULTIPLE}: {ANY_SIZE}")
-        if not torch.equal(scale.to(torch.float16).float(), scale):
+        half = scale.to(torch.float16)
+        if not torch.equal(half.float(), scale) and not _is_rounding(stored, half, scale):
             raise CannotHold(f"the scales of {stored.name} are not those of float16: {ANY_SIZE}")
         zero = whole_zeros(stored, OTHERS) - (1 if self.version == 1 else 0)
         return {
             "qweight": pack_words(codes, bits).T.contiguous(),
             "qzeros": pack_words(zero.T, bits),
-            "scales": scale.T.to(torch.float16).contiguous(),
+            "scales": half.T.contiguous(),
             "g_idx": stored.layer.grid.group.to(torch.int32),
         }
 
@@ -80,6 +88,12 @@ class Gptq:
             "lm_head": False,
             "modules_in_block_to_quantize": [sorted({_in_block(each.name) for each in layers})],
         }
+
+
+def _is_rounding(stored: StoredLayer, half: Tensor, scale: Tensor) -> bool:
+    """Whether the scales were those of float16 before others were folded into them, and lose no more than its last digit."""
+    was_half = stored.layer.grid.spec.scale_bits == 16
+    return was_half and bool(((half.float() - scale).abs() <= 2.0**-11 * scale).all())
 
 
 def _in_block(name: str) -> str:

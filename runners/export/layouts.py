@@ -1,5 +1,6 @@
 """The contract of a layout: how it names and stores a quantized layer, and what it says of all of them in config.json."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from quantease.grids.uniform import UniformGrid
 from quantease.layer import QuantizedLayer
+from runners.quantization.finished_blocks import FinishedBlocks
 
 
 class CannotHold(Exception):
@@ -52,6 +54,12 @@ class ExportLayout(Protocol):
             ignored: linear layers outside them, which keep their weights.
         """
         ...
+
+
+def all_layers(blocks: FinishedBlocks) -> Iterator[QuantizedLayer]:
+    """The quantized layers of a run, of which one block at a time is in memory."""
+    for index in range(len(blocks.manifests)):
+        yield from blocks.layers(index, "cpu").values()
 
 
 def whole_zeros(stored: StoredLayer, others: str) -> Tensor:

@@ -4,6 +4,7 @@ What was quantized is in a layout of other tools, or dequantized; the rest is wh
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from quantease.layer import QuantizedLayer
 from runners.errors import InputError
 from runners.export.files import WeightFiles, copy_beside, write_config
+from runners.export.folding import Folding, has_column_scales
 from runners.export.layouts import CannotHold, ExportLayout, StoredLayer
 from runners.kept.run import KeptRun
 from runners.models.blocks import BlockSource, InMemoryModel, linear_layers, replace_weights
@@ -25,15 +27,25 @@ CPU = torch.device("cpu")
 Names = dict[str, str]  # of each weight of the model, in the files that it was read from
 
 
-def write_weights(kept: KeptRun, layout: ExportLayout | None, folder: Path) -> int:
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        size: bytes of all tensors.
+        folded: column scales that were folded into what stands before, in words.
+    """
+
+    size: int
+    folded: tuple[str, ...] = ()
+
+
+def write_weights(kept: KeptRun, layout: ExportLayout | None, folder: Path) -> Written:
     """Write the weights, config.json, and what else the original folder holds for its tokenizer and for generation.
 
     Args:
         layout: of the quantized layers; None: their dequantized weights, in the dtype in which the run has measured them.
         folder: exists and is empty.
-
-    Returns:
-        The bytes of all tensors.
 
     Raises:
         InputError: the layout cannot hold the run's layers, or the checkpoint's tensors are not the model's weights.
@@ -42,16 +54,16 @@ def write_weights(kept: KeptRun, layout: ExportLayout | None, folder: Path) -> i
     source = open_model(kept.checkpoint, kept.model, CPU)
     names = match_names(kept.checkpoint.skeleton, Shards.of(original)).stored
     if isinstance(source, StreamedModel) and _are_stored(source, names):
-        size = _write_streamed(kept, source, names, layout, folder)
+        written = _write_streamed(kept, source, names, layout, folder)
     elif layout is None:
-        size = _write_whole(kept, source, folder)
+        written = _write_whole(kept, source, folder)
     else:
         raise InputError(
             f"the tensors in {original} are not the model's weights one by one (transformers converts them when it loads "
             "them): format=dense can hold them"
         )
     copy_beside(original, folder)
-    return size
+    return written
 
 
 def _are_stored(source: BlockSource, names: Names) -> bool:
@@ -62,16 +74,20 @@ def _are_stored(source: BlockSource, names: Names) -> bool:
 
 def _write_streamed(
     kept: KeptRun, source: StreamedModel, names: Names, layout: ExportLayout | None, folder: Path
-) -> int:
-    """Write one decoder block after the other; returns the bytes of all tensors."""
+) -> Written:
+    """Write one decoder block after the other."""
     prefix, files, layers = blocks_prefix(source.model), WeightFiles(folder), list[StoredLayer]()
     state = source.model.state_dict()
     files.add({stored: state[name] for name, stored in names.items() if not name.startswith(prefix)})
     entries: dict[str, Any] = {}
+    # Only layouts have no place for column scales. Made here, as it opens a block.
+    folding = Folding(source) if layout is not None and has_column_scales(kept.blocks) else None
     try:
         for index in range(len(source.blocks)):
             with source.open_block(index) as block:
                 quantized, place = kept.blocks.layers(index, "cpu"), f"{prefix}{index}."
+                if folding is not None:
+                    quantized = folding.fold(index, place, quantized)
                 files.add(_tensors(block, quantized, place, names, layout))
                 layers += _stored_layers(block, quantized, place)
         if layout is not None:
@@ -81,7 +97,7 @@ def _write_streamed(
         raise InputError(f"format={layout.name} cannot hold this run: {error}") from None
     files.finish()
     write_config(kept.checkpoint.folder, folder, str(source.model.dtype).removeprefix("torch."), entries)
-    return files.size
+    return Written(files.size, () if folding is None else tuple(folding.folded))
 
 
 def _tensors(
@@ -117,10 +133,10 @@ def _ignored(model: nn.Module, layers: list[StoredLayer]) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in names]
 
 
-def _write_whole(kept: KeptRun, source: BlockSource, folder: Path) -> int:
+def _write_whole(kept: KeptRun, source: BlockSource, folder: Path) -> Written:
     """Let transformers write a model whose tensors it converts when it loads them."""
     whole: Any = InMemoryModel(load(kept.checkpoint, kept.model, CPU)) if isinstance(source, StreamedModel) else source
     for index, block in enumerate(whole.blocks):
         replace_weights(block, kept.blocks.layers(index, "cpu"))
     whole.model.save_pretrained(folder)
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return Written(sum(file.stat().st_size for file in folder.glob("*.safetensors")))

@@ -1,6 +1,7 @@
 """`python -m runners.export`: loaded again, an export has the run's perplexity; what cannot be held is refused."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -81,13 +82,30 @@ def test_what_is_written_has_the_runs_perplexity(export: Export, words: tuple[st
     assert not list(folder.parent.glob("*.partial"))
 
 
+@pytest.mark.parametrize("words", [("gptq", "bits=3", "group_size=16"), ("compressed_tensors", "bits=4")], ids=" ".join)
+def test_column_scales_are_folded(export: Export, words: tuple[str, ...]) -> None:
+    folder = export(*words, "method=awq")
+    check = facts(folder)["check"]
+    assert math.isclose(check["after"], check["before"], rel_tol=1e-4)
+    assert "self_attn.out_proj into self_attn.v_proj" in facts(folder)["folded"]
+    assert "- of fc2 into fc1\n" in (folder / CARD).read_text()
+
+
+def test_column_scales_that_nothing_can_take_are_refused(toy_model: Path, export: Export, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(toy_model, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"activation_function": "gelu"}))
+    with pytest.raises(
+        InputError, match=r"cannot hold this run: .*layers\.0\.fc2 has .* before it .*: format=dense can"
+    ):
+        export("gptq", "method=awq", f"model.path={model}")
+
+
 @pytest.mark.parametrize(
     ("layout", "settings", "sentence"),
     [
         ("gptq", ("method=rtn", "bits=5"), "has 5 bits, the format has 2, 3, 4 or 8: format=compressed_tensors or"),
         ("gptq", ("method=rtn", "scale_bits=32"), "are not those of float16: format=compressed_tensors or"),
-        ("gptq", ("method=awq",), "has a scale for each input column: format=dense can hold it"),
-        ("compressed_tensors", ("method=awq",), "has a scale for each input column: format=dense can hold it"),
         ("gptq", ("method=spqr",), "format=dense can hold it"),
         ("compressed_tensors", ("method=spqr",), "format=dense can hold it"),
         (
