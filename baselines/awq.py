@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantease.grid import Grid, GridSpec
 from quantease.grids.scale_formats import FP16
-from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, objective
+from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported, objective
 from quantease.normal_scale import at_normal_scale
 
 # The sizes of inputs that scales are made of are clamped: a dead input has size zero, and would get a scale of zero or,
@@ -78,10 +78,12 @@ class AWQ(LayerSolver):
         Exponent 0 is always tried first: all scales 1, which is plain rounding.
 
         Raises:
-            ValueError: the problem has no `mean_input`.
+            Unsupported: the problem has no `mean_input`.
         """
         if problem.mean_input is None:
-            raise ValueError("AWQ needs the mean of |x| of every input: LayerProblem.mean_input")
+            raise Unsupported(
+                "AWQ needs the mean of |x| of every input, and there is none where a rotation mixes inputs"
+            )
         best, least = torch.ones_like(problem.mean_input), torch.inf
         for step in range(self.scale_steps):
             scale = _scale(problem.mean_input, step / self.scale_steps)

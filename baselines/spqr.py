@@ -17,12 +17,12 @@ from quantease.act_order import ActOrder
 from quantease.cholesky import damping_notes, inverse_factor
 from quantease.grid import GridSpec
 from quantease.grids.scale_formats import float_format
+from quantease.grids.scales import least_error_range
 from quantease.grids.uniform import UniformGrid
 from quantease.kernels import Columns, run_block
 from quantease.kernels.plain import nearest_codes, nearest_values
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported
 from quantease.normal_scale import at_normal_scale
-from quantease.scales import least_error_range
 from quantease.sparse import Outliers
 
 SMALLEST = 1e-9  # takes the place of a scale that the second level rounds to zero (in the authors' code, too)

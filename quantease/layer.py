@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantease.conditioning import faint_inputs
 from quantease.grid import Grid, GridSpec
+from quantease.grids.rotation import Rotation
 from quantease.sparse import Outliers
 
 
@@ -121,6 +122,8 @@ class LayerProblem:
 class QuantizedLayer:
     """A method's answer, `weight = 2^exponent (grid.decode(codes) / column_scale + outliers)`, and its diagnostics.
 
+    With a `rotation`, what is in the brackets is the weight in another basis.
+
     Attributes:
         codes: (out, in), uint8.
         grid: what the codes stand for.
@@ -132,6 +135,7 @@ class QuantizedLayer:
         damping_raised: it is more than was asked for, because the factorization failed with that.
         notes: sentences about what did not go as asked.
         history: relative error after each sweep, for methods that are asked to track it.
+        rotation: the basis that codes, outliers and column scales are in; None: that of the layer.
     """
 
     codes: Tensor
@@ -143,6 +147,7 @@ class QuantizedLayer:
     damping_raised: bool = False
     notes: tuple[str, ...] = ()
     history: tuple[float, ...] = ()
+    rotation: Rotation | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -152,6 +157,8 @@ class QuantizedLayer:
             weight = weight / self.column_scale
         if self.outliers is not None:
             weight = self.outliers.add_to(weight)
+        if self.rotation is not None:
+            weight = self.rotation.undo(weight)
         return weight * 2.0**self.exponent if self.exponent else weight
 
     @property
@@ -168,20 +175,29 @@ class QuantizedLayer:
             if self.outliers.whole_columns:  # a column that is kept whole needs no codes
                 bits -= self.grid.spec.bits * self.outlier_ratio
         bits += 0 if self.column_scale is None else 16 / len(self.codes)  # shared by all rows of a column
+        bits += 0 if self.rotation is None else self.rotation.bits(self.codes.numel())
         return bits + (8 / self.codes.numel() if self.exponent else 0)
 
     def select_rows(self, rows: slice) -> "QuantizedLayer":
         """The answer for some of the rows, given by a method whose rows are independent.
 
         Raises:
-            ValueError: there are outliers, which are chosen among all rows.
+            ValueError: there are outliers, which are chosen among all rows, or a rotation, which mixes them.
         """
         if self.outliers is not None:
             raise ValueError("outliers are chosen among all rows: this answer cannot be divided")
+        if self.rotation is not None:
+            raise ValueError("a rotation mixes all rows: this answer cannot be divided")
         return replace(self, codes=self.codes[rows], grid=self.grid.of_rows(rows))
 
     def permuted(self, order: Tensor) -> "QuantizedLayer":
-        """The same answer with its input columns in another order."""
+        """The same answer with its input columns in another order.
+
+        Raises:
+            ValueError: the columns are those of another basis, which are not the layer's.
+        """
+        if self.rotation is not None:
+            raise ValueError("the columns of a rotated layer cannot be put in another order: rotate first, then sort")
         outliers = self.outliers
         if outliers is not None:
             outliers = replace(

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from quantease.grids.rows import row_slices
 from quantease.grids.scale_formats import FLOAT16_NORMAL, FP16
+from quantease.grids.scales import fit_range, least_error_range
 from quantease.kernels import Columns
 from quantease.kernels.plain import nearest_codes
-from quantease.scales import fit_range, least_error_range
 
 if TYPE_CHECKING:
     from quantease.grid import GridSpec

@@ -27,6 +27,8 @@ def settings_from(cfg: DictConfig) -> Settings:
         if key not in ALL_SETTINGS:
             raise unknown_setting("", key, list(ALL_SETTINGS))
     tree["method"] = _method(tree.get("method"))
+    if "transform" in tree:
+        tree["transform"] = _transform(tree["transform"])
     tree |= {key: _without_shorthands(key, tree[key]) for key in ("calibration", "evaluation") if key in tree}
     if "calibration" in tree:
         tree["calibration"] = _calibration(tree["calibration"])
@@ -59,6 +61,18 @@ def _method(node: Any) -> Method:
     if isinstance(method.get("init"), str):
         method["init"] = _method_named(method["init"])
     return Method(name, build(LayerSolver, method, "method") if target is not None else None)
+
+
+def _transform(node: Any) -> Any:
+    """A transform's file, whose class knows its name; None for the one that leaves layers as they are."""
+    if not isinstance(node, dict):
+        return node
+    settings = {key: entry for key, entry in node.items() if key != "name"}
+    if settings.get("_target_") is None:
+        if settings:
+            raise unknown_setting("transform", next(iter(settings)), [])
+        return None
+    return settings
 
 
 def _calibration(node: Any) -> Any:

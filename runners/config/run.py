@@ -7,6 +7,7 @@ from quantease.act_order import ActOrder
 from quantease.grid import GridSpec
 from quantease.grids.levels import LevelFormat
 from quantease.layer import LayerSolver
+from quantease.transform import Transform, Transformed
 from runners.data.calibration import Calibration
 from runners.data.task_rows import task_version
 from runners.data.windows import Evaluation
@@ -19,6 +20,7 @@ from runners.storage.fingerprint import checkpoint_fingerprint, fingerprint
 
 CALIBRATION_DATA = "calibration"  # in the identity's versions of data sets, beside the names of the texts
 NOT_OF_CODES = ("evaluation", "warnings", "reference")  # settings that change no code
+WITHIN_GROUPS = "groups"  # the act_order that sorts inside each grid group
 GRID = ("bits", "group_size", "symmetric", "scale_bits", "grid_range")  # the settings of GridSpec, in its order
 
 
@@ -45,7 +47,7 @@ class Run:
     model: Model
     evaluation: Evaluation
     calibration: Calibration | None = field(metadata=counts_if(_quantizes))  # None: calibration=none
-    act_order: bool = field(metadata=counts_if(_quantizes))
+    act_order: bool | str = field(metadata=counts_if(_quantizes))
     seed: int = field(metadata=counts_if(_quantizes))
     bits: int = field(metadata=counts_if(_quantizes))
     group_size: int | None = field(metadata=counts_if(_quantizes))
@@ -62,8 +64,18 @@ class Run:
     grid_format: LevelFormat | None = field(
         default=None, metadata=counts_if(lambda run: _quantizes(run) and run.grid_format is not None)
     )
+    # What is done to every layer before the method, and undone in its answer (conf/transform/).
+    transform: Transform | None = field(
+        default=None, metadata=counts_if(lambda run: _quantizes(run) and run.transform is not None)
+    )
 
     def __post_init__(self) -> None:
+        if self.act_order not in (False, True, WITHIN_GROUPS):
+            raise ValueError(f"act_order must be false, true or {WITHIN_GROUPS}, not {self.act_order!r}")
+        if self.act_order == WITHIN_GROUPS and self.group_size is None:
+            raise ValueError(
+                "act_order=groups sorts inside groups, and group_size=null makes none: take act_order=true"
+            )
         if self.warnings not in ("record", "error"):
             raise ValueError(f"warnings must be record or error, not {self.warnings!r}")
         if self.fallback not in FALLBACKS:
@@ -94,7 +106,8 @@ class Run:
             return
         who = f"{self.method.name} is fitted to the inputs of the layers"
         if not getattr(self.method.solver, "needs_inputs", True):
-            who = "act_order=true sorts the columns by their inputs"
+            who = f"transform={self.transform.name} goes by the inputs of the layers" if self.transform else who
+            who = "act_order=true sorts the columns by their inputs" if self.act_order else who
         raise ValueError(f"calibration=none measures no inputs, but {who}: choose a calibration text, or method=rtn")
 
     @property
@@ -106,6 +119,11 @@ class Run:
     def quantizes(self) -> bool:
         """False for the unquantized reference, on which the grid and the calibration have no effect."""
         return _quantizes(self)
+
+    @property
+    def sorts_within_groups(self) -> bool:
+        """Whether act-order leaves the columns of a grid group together."""
+        return self.act_order == WITHIN_GROUPS
 
     @property
     def needs_cross(self) -> bool:
@@ -134,10 +152,13 @@ class Run:
 
     @property
     def solver(self) -> LayerSolver:
-        """The method's solver, wrapped for act-order where the settings ask for it."""
+        """The method's solver, wrapped for act-order and behind a transform where the settings ask for it."""
         if self.method.solver is None:
             raise ValueError(f"{self.method.name} does not quantize")
-        return ActOrder(self.method.solver) if self.act_order else self.method.solver
+        solver = self.method.solver
+        if self.act_order:
+            solver = ActOrder(solver, within_groups=self.act_order == WITHIN_GROUPS)
+        return solver if self.transform is None else Transformed(self.transform, solver)
 
     def identity(self, data_root: str | None) -> dict[str, Any]:
         """Everything that can change a number, and nothing else. The run's folder has its hash in its name.

@@ -87,6 +87,10 @@ def plain_grid(stored: StoredLayer, others: str) -> Tensor:
         raise CannotHold(f"{stored.name} is a transposed layer (Conv1D), which is not known to the format: {others}")
     if layer.outliers is not None and len(layer.outliers.values):
         raise CannotHold(f"{stored.name} keeps {len(layer.outliers.values)} outliers in high precision: {others}")
+    if layer.rotation is not None:
+        raise CannotHold(
+            f"{stored.name} was rotated (transform=incoherence), and its codes are in another basis: {others}"
+        )
     if layer.column_scale is not None:
         raise CannotHold(f"{stored.name} has a scale for each input column: {others}")
     return grid.scale * 2.0**layer.exponent

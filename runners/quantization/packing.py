@@ -13,6 +13,7 @@ from torch import Tensor
 from quantease.grid import Grid, GridSpec
 from quantease.grids.formats import FORMATS
 from quantease.grids.levels import LevelGrid
+from quantease.grids.rotation import Rotation
 from quantease.grids.uniform import UniformGrid
 from quantease.layer import QuantizedLayer
 from quantease.sparse import Outliers
@@ -82,6 +83,8 @@ def _tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
     }
     if layer.column_scale is not None:
         tensors["column_scale"] = layer.column_scale
+    if layer.rotation is not None:
+        tensors["rotation_scale"] = layer.rotation.scale
     if layer.outliers is not None:
         tensors["outlier_rows"] = layer.outliers.rows.to(torch.int32)
         tensors["outlier_columns"] = layer.outliers.columns.to(torch.int32)
@@ -99,7 +102,8 @@ def _words(layer: QuantizedLayer) -> dict[str, Any]:
         "outliers": outliers and {"whole_columns": outliers.whole_columns, "value_bits": outliers.value_bits},
     }
     # Only where there is one, so that the files of all other layers, and their digests, are what they have always been.
-    return words | ({"exponent": layer.exponent} if layer.exponent else {})
+    words |= {"exponent": layer.exponent} if layer.exponent else {}
+    return words | ({} if layer.rotation is None else {"rotation_seed": layer.rotation.seed})
 
 
 def _grid_words(spec: GridSpec) -> dict[str, Any]:
@@ -122,4 +126,7 @@ def _layer(tensors: dict[str, Tensor], words: dict[str, Any]) -> QuantizedLayer:
     if words["outliers"] is not None:
         places = (tensors["outlier_rows"].long(), tensors["outlier_columns"].long())
         outliers = Outliers(*places, tensors["outlier_values"], **words["outliers"])
-    return QuantizedLayer(codes, grid, outliers, tensors.get("column_scale"), words.get("exponent", 0))
+    seed = words.get("rotation_seed")
+    rotation = None if seed is None else Rotation(seed, tensors["rotation_scale"])
+    scale, exponent = tensors.get("column_scale"), words.get("exponent", 0)
+    return QuantizedLayer(codes, grid, outliers, scale, exponent, rotation=rotation)

@@ -297,6 +297,9 @@ def peak_memory_gb(metrics: Mapping[str, Any]) -> float | None:
 CALIBRATION_NAME = "calibration.name"  # among the settings of a run
 UNCALIBRATED = "none"  # the name of the calibration of runs without any: they have no layer errors
 GRID_FORMAT = "grid_format"  # the name of the levels that a run has looked up; absent where codes are whole numbers
+TRANSFORM = "transform"  # the name of what was done to the layers before the method; absent where nothing was
+COLUMN_ORDER = "column_order"  # absent where act-order, if any, sorts all columns; WITHIN_GROUPS: inside grid groups
+WITHIN_GROUPS = "within groups"
 OWN_GRID = "its own"
 PER_CHANNEL = "per-channel"
 UNIFORM, LENGTH_ONE = "uniform", "length_one"  # token weights
@@ -314,14 +317,17 @@ def grid_words(metrics: Mapping[str, Any]) -> str:
     length_one = metrics.get(TOKEN_WEIGHTS) == LENGTH_ONE
     if group_size is None and metrics["method"].startswith("spqr"):
         # two-level groups, of 16 columns unless the method's settings say otherwise
-        return OWN_GRID + f" {LENGTH_ONE_WORDS}" * length_one
-    grid = _present(metrics.get(STORED_GRID))
+        words = [OWN_GRID, *[LENGTH_ONE_WORDS] * length_one, *filter(None, [_present(metrics.get(TRANSFORM))])]
+        return " ".join(words)
+    grid, transform = _present(metrics.get(STORED_GRID)), _present(metrics.get(TRANSFORM))
     flags = {
         str(grid): grid not in (None, "int"),
         "symmetric": _present(metrics.get("symmetric")),
         "mse": metrics.get("grid_range") == "mse",
         "act-order": _present(metrics.get("act_order")),
+        WITHIN_GROUPS: _present(metrics.get(COLUMN_ORDER)) is not None,
         LENGTH_ONE_WORDS: length_one,
+        str(transform): transform is not None,
     }
     kind = [] if (name := _present(metrics.get(GRID_FORMAT))) is None else [name]
     return " ".join([*kind, group_words(group_size), *(word for word, is_set in flags.items() if is_set)])
@@ -402,6 +408,8 @@ _TEXTS = (
     FALLBACK,
     "grid_range",
     GRID_FORMAT,
+    TRANSFORM,
+    COLUMN_ORDER,
     "stage",
     "error",
     MODEL_DTYPE,

@@ -19,6 +19,7 @@ from runners.results.metrics import (
     CALIBRATION_INPUTS,
     CALIBRATION_NOTE,
     CHECKPOINT_FROM,
+    COLUMN_ORDER,
     FALLBACK,
     GRID_FORMAT,
     MODEL_DTYPE,
@@ -27,7 +28,9 @@ from runners.results.metrics import (
     QUANTIZATION,
     RUN_SECONDS,
     TOKEN_WEIGHTS,
+    TRANSFORM,
     UNCALIBRATED,
+    WITHIN_GROUPS,
     Reason,
     Status,
     bits_words,
@@ -262,6 +265,7 @@ def _headline(settings: Settings, inputs: RunInputs) -> str:
         kind = "" if settings.run.grid_format is None else f"{settings.run.grid_format.name}, "
         grid = f"{kind}{bits_words(settings.run.bits)}, {group_words(settings.run.group_size)}"
         what = f"quantizing to {grid}, with {settings.run.method.name}"
+        what += "" if settings.run.transform is None else f" behind {settings.run.transform.name}"
         what += ", without calibration" * (settings.run.calibration is None)
     size = f"{inputs.checkpoint.parameters / 1e6:,.1f} M parameters"
     return f"{settings.run.model.name} ({type(inputs.checkpoint.skeleton).__name__}, {size}) on {inputs.device}: {what}"
@@ -281,6 +285,11 @@ def _labels(settings: Settings) -> dict[str, Any]:
     if settings.run.quantizes:
         names = ("bits", "group_size", "symmetric", "grid_range", "act_order", "seed")
         labels |= {name: getattr(settings.run, name) for name in names}
+        labels["act_order"] = bool(settings.run.act_order)
+        if settings.run.sorts_within_groups:
+            labels[COLUMN_ORDER] = WITHIN_GROUPS
+        if settings.run.transform is not None:
+            labels[TRANSFORM] = settings.run.transform.name
         if settings.run.grid_format is not None:
             labels[GRID_FORMAT] = settings.run.grid_format.name
         calibration = settings.run.calibration

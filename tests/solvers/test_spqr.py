@@ -10,9 +10,9 @@ from torch import Tensor
 from baselines.spqr import SpQR
 from baselines.spqr_groups import weight_range
 from quantease.grid import GridSpec
+from quantease.grids.scales import least_error_range
 from quantease.grids.uniform import UniformGrid
 from quantease.kernels.plain import nearest_values
-from quantease.scales import least_error_range
 from tests.problems import random_problem, with_dead_columns
 
 

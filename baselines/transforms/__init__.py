@@ -1,0 +1,1 @@
+"""What is done to a layer before any method: one file per transform, one file in conf/transform/."""
