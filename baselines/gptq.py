@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from quantease.cholesky import damping_notes, inverse_factor
-from quantease.grid import GridSpec
-from quantease.kernels import run_block
+from quantease.grid import Grid, GridSpec
+from quantease.kernels import Columns, run_block
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from quantease.normal_scale import at_normal_scale
+
+BLOCK = 128  # columns whose compensation of later ones is one matrix product, as in the authors' code
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class GPTQ(LayerSolver):
     """
 
     damping: float = 0.01
-    block_size: int = 128
+    block_size: int = BLOCK
     static_groups: bool = False
 
     def __post_init__(self) -> None:
@@ -55,33 +57,53 @@ class GPTQ(LayerSolver):
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         grid = problem.fit_grid(spec)
         factor, damping = inverse_factor(problem, self.damping)
-        coupling = factor.div_(-factor.diagonal()[:, None])  # in place: the largest matrix of a wide layer
         weight = problem.weight.T.clone(memory_format=torch.contiguous_format)  # (in, out), compensated as it goes
-        values = torch.empty_like(weight)
-        columns = grid.columns()
-        # A per-channel grid is always that of the original weights: its group is reached before anything is compensated.
-        first = {} if self.static_groups or grid.groups == 1 else _first_columns(grid.group)
-        for start, stop in self._blocks(len(weight), first):
-            here, later = slice(start, stop), slice(stop, None)
-            if start in first:
-                group = first[start]
-                grid.fit_group_(group, weight[grid.group == group].T, columns)
-            run_block(values[here], weight[here], coupling[here, here], columns[here])
-            # weight[here] now holds the changes of the block; all later columns get their compensation in one product.
-            weight[later].addmm_(coupling[here, later].T, weight[here], alpha=-1)
+        refit = None if self.static_groups else grid
+        values = feed_back(weight, coupling_of(factor), grid.columns(), self.block_size, refit)
         notes = damping_notes(self.damping, damping)
         # The values are on the grid, so encoding only reads their codes off.
         return QuantizedLayer(grid.encode(values.T), grid, damping=damping, damping_raised=bool(notes), notes=notes)
 
-    def _blocks(self, columns: int, first: dict[int, int]) -> Iterator[tuple[int, int]]:
-        """Column blocks (start, stop) of at most `block_size` columns, cut where the grid of a group must be fitted.
 
-        In act-order the groups' first columns may be anywhere, so the blocks can be short.
-        """
-        return pairwise(sorted({*range(0, columns, self.block_size), *first, columns}))
+def coupling_of(factor: Tensor) -> Tensor:
+    """-U_jk / U_jj (in, in) for the factor U; in place, as it is the largest matrix of a wide layer."""
+    return factor.div_(-factor.diagonal()[:, None])
 
 
-def _first_columns(group: Tensor) -> dict[int, int]:
+def feed_back(
+    weight: Tensor, coupling: Tensor, columns: Columns, block_size: int = BLOCK, refit: Grid | None = None
+) -> Tensor:
+    """The rounded values (in, out): GPTQ's pass over all columns, each compensated by those after it.
+
+    Args:
+        weight: (in, out); used up.
+        coupling: (in, in), of which the part above the diagonal is read.
+        columns: the grid to round to.
+        block_size: columns between two matrix products.
+        refit: the grid that `columns` are of, if its groups are to be fitted anew, in place, to their compensated weights.
+    """
+    values = torch.empty_like(weight)
+    # A per-channel grid is always that of the original weights: its group is reached before anything is compensated.
+    first = {} if refit is None or refit.groups == 1 else first_columns(refit.group)
+    for start, stop in column_blocks(len(weight), block_size, first):
+        here, later = slice(start, stop), slice(stop, None)
+        if refit is not None and start in first:
+            refit.fit_group_(first[start], weight[refit.group == first[start]].T, columns)
+        run_block(values[here], weight[here], coupling[here, here], columns[here])
+        # weight[here] now holds the changes of the block; all later columns get their compensation in one product.
+        weight[later].addmm_(coupling[here, later].T, weight[here], alpha=-1)
+    return values
+
+
+def column_blocks(columns: int, block_size: int, first: dict[int, int]) -> Iterator[tuple[int, int]]:
+    """Column blocks (start, stop) of at most `block_size` columns, cut where the grid of a group must be fitted.
+
+    In act-order the groups' first columns may be anywhere, so the blocks can be short.
+    """
+    return pairwise(sorted({*range(0, columns, block_size), *first, columns}))
+
+
+def first_columns(group: Tensor) -> dict[int, int]:
     """{column: group} for the first column of each group, in whatever order the columns are."""
     places: dict[int, int] = {}
     for column, number in enumerate(group.tolist()):

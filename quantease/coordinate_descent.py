@@ -5,8 +5,7 @@ sweep is relaxed: its columns take their unrounded optimum, which lets the next 
 
 Ancestors, both of QuIP (Chee et al., 2023, https://arxiv.org/abs/2307.13304): its `allbal` is coordinate descent from W
 without relaxed sweeps, as `quantease` with relax_every=null; its `ldlqRG` is act-order, LDLQ (which equals GPTQ) and then
-coordinate descent, as `gptq_quantease` with act_order=true and relax_every=null (but for its sweeps, which go from the
-last column to the first).
+coordinate descent, as `gptq_quantease` with act_order=true and relax_every=null; baselines/ldlqrg.py is that method.
 
 The authors' release (linkedin/QuantEase) is no oracle for tests: its `gptq_quantease` refines towards the GPTQ weights
 instead of W, its outlier mode never updates the quantized part, and its group-wise rounding uses the last group's scale

@@ -17,11 +17,12 @@ Everything here is in the transposed layout (in, out), in which a column of the 
 (D H)^T is H D^T: the products below have H on the left.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from quantease.grid import Grid
-from quantease.kernels import run_block
+from quantease.kernels import Columns, run_block
 from quantease.matmul import product, split
 
 # Columns of a column block, that is between two matrix products. More columns make the products more efficient and the
@@ -29,6 +30,14 @@ from quantease.matmul import product, split
 CPU_BLOCK = 64  # 64 rows of it are 16 KiB, which stay in the first-level cache together with their values
 CUDA_BLOCK = 512  # a GPU needs taller products to be busy; the kernel divides it further (quantease/kernels/cuda.py)
 SPLIT_SIZE = 2**23  # weights from which on products are split: smaller layers wait for the passes, not for the products
+
+
+class HasColumns(Protocol):
+    """What a sweep asks of a grid."""
+
+    def columns(self) -> Columns:
+        """What rounding needs, column by column."""
+        ...
 
 
 class Residual:
@@ -83,7 +92,7 @@ def sweep(
     target: Tensor,
     residual: Residual,
     hessian: Tensor,
-    grid: Grid | None,
+    grid: HasColumns | None,
     convergence: "Convergence | None" = None,
 ) -> None:
     """One pass over the columns of `w_hat`, in place; `grid` None leaves the values unrounded (a relaxed sweep).

@@ -20,6 +20,11 @@ def random_problem(out_features: int = 32, in_features: int = 128, seed: int = 0
     return LayerProblem(weight, inputs.T @ inputs, mean_input=inputs.abs().mean(0))
 
 
+def in_double(problem: LayerProblem) -> LayerProblem:
+    """The problem in double precision, in which no rounding is a tie."""
+    return replace(problem, weight=problem.weight.double(), hessian=problem.hessian.double())
+
+
 def with_dead_columns(problem: LayerProblem, dead: list[int]) -> LayerProblem:
     """The problem with inputs that are always zero."""
     assert problem.mean_input is not None

@@ -42,6 +42,11 @@ METHODS = {  # color, marker
     "quantease_outlier": ("#5b2a86", "*"),
     "spqr_1pct": ("#a3a500", "<"),
     "spqr": ("#8c510a", "X"),
+    "foem": ("#fb9a99", ">"),
+    "k_babai": ("#b15928", "p"),
+    "ldlqrg": ("#e377c2", "d"),
+    "cdquant": ("#17becf", "8"),
+    "admm_q": ("#08306b", "H"),
 }
 # For methods that are added, and for series of one method that differ in their settings; reused in turn after five.
 OTHERS = [("#1b9e77", "p"), ("#e7298a", "d"), ("#66a61e", ">"), ("#7570b3", "8"), ("#a6761d", "H")]

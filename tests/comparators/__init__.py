@@ -1,1 +1,0 @@
-"""Methods that QuantEase is compared with, beyond those of its paper, and what they need of the harness."""

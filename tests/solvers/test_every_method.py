@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from baselines.foem import FOEM
 from baselines.gptq import GPTQ
 from baselines.rtn import RTN
 from baselines.spqr import SpQR
@@ -177,7 +178,7 @@ def test_all_methods_round_to_the_same_grid(shared: LayerSolver, problem: LayerP
 def _static(solver: LayerSolver) -> LayerSolver:
     if isinstance(solver, QuantEase) and solver.init is not None:
         return replace(solver, init=_static(solver.init))
-    return replace(solver, static_groups=True) if isinstance(solver, GPTQ) else solver
+    return replace(solver, static_groups=True) if isinstance(solver, GPTQ | FOEM) else solver
 
 
 def test_one_row_and_one_column(solver: LayerSolver) -> None:

@@ -1,7 +1,5 @@
 """GPTQ's own mathematics."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -10,20 +8,15 @@ from quantease.act_order import ActOrder
 from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, Unsupported
 from tests import reference
-from tests.problems import best_codes, random_problem
+from tests.problems import best_codes, in_double, random_problem
 
 SPECS = [GridSpec(3), GridSpec(2, group_size=32), GridSpec(4, symmetric=True)]
-
-
-def double(problem: LayerProblem) -> LayerProblem:
-    """The problem in double precision, in which no rounding is a tie."""
-    return replace(problem, weight=problem.weight.double(), hessian=problem.hessian.double())
 
 
 @pytest.mark.parametrize("static_groups", [True, False])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_it_is_optimal_brain_quantization_in_a_fixed_order(spec: GridSpec, static_groups: bool) -> None:
-    problem = double(random_problem())
+    problem = in_double(random_problem())
     expected = reference.gptq(problem, problem.fit_grid(spec), damping=0.01, refit=not static_groups)
     answer = GPTQ(static_groups=static_groups).solve(problem, spec)
     torch.testing.assert_close(answer.weight, expected)
@@ -31,7 +24,7 @@ def test_it_is_optimal_brain_quantization_in_a_fixed_order(spec: GridSpec, stati
 
 def test_groups_are_refitted_when_they_are_reached_in_act_order_too() -> None:
     """Columns of all groups are then mixed: a group's grid is fitted when the first of its columns comes up."""
-    problem = double(random_problem(24, 96))
+    problem = in_double(random_problem(24, 96))
     order = problem.hessian.diagonal().argsort(descending=True, stable=True)
     sorted_problem = problem.permuted(order)
     spec = GridSpec(3, group_size=32)
@@ -52,13 +45,13 @@ def test_it_agrees_in_float32_up_to_ties() -> None:
 @pytest.mark.parametrize("spec", [GridSpec(3), GridSpec(2, group_size=32)], ids=str)
 def test_it_is_ldlq(spec: GridSpec) -> None:
     """QuIP's theorem 6: without damping, the two give the same weights."""
-    problem = double(random_problem(24, 96))
+    problem = in_double(random_problem(24, 96))
     answer = GPTQ(damping=0.0, static_groups=True).solve(problem, spec)
     torch.testing.assert_close(answer.weight, reference.ldlq(problem, problem.fit_grid(spec)))
 
 
 def test_in_double_precision_it_agrees_to_the_last_code() -> None:
-    problem = double(random_problem(24, 150))
+    problem = in_double(random_problem(24, 150))
     grid = problem.fit_grid(GridSpec(3))
     expected = reference.gptq(problem, grid, damping=0.05)
     assert torch.equal(GPTQ(damping=0.05).solve(problem, GridSpec(3)).codes, grid.encode(expected))
