@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +39,7 @@ from runners.sweeps.signals import end_in_time, interrupts_end_it, sigterm_as_in
 log = logging.getLogger(__name__)
 
 ONLY_SHOW = ("hydra_help", "cfg", "info")  # Hydra's options that run nothing
-OTHER_CONFIGURATION = ("config_dir", "config_name", "config_path")  # that read another than conf/config.yaml
+OTHER_CONFIGURATION = ("config_name", "config_path")  # that read another than conf/config.yaml
 SUBMITIT = "SUBMITIT_FOLDER"  # in the environment of a job that submitit has started
 REFERENCE_FOLLOWS = (
     "This result is stored ({folder}). Next comes the unquantized model, which it is compared with: "
@@ -76,18 +77,24 @@ def _start(main: Callable[[], Any]) -> None:
     if options.experimental_rerun:
         raise InputError("--experimental-rerun reads a pickle, which can run any code: give the settings themselves")
     # The help page shows no values, so a wrong setting must not keep anyone from it.
-    sys.argv[1:] = ["--help"] if options.help else words
+    more = [f"--config-dir={options.config_dir}"] if options.config_dir is not None else []
+    sys.argv[1:] = ["--help", *more] if options.help else words
     if options.shell_completion and not re.match(r"(install|uninstall|query)=", " ".join(options.overrides)):
         raise InputError("--shell-completion needs install=bash (or fish, zsh), uninstall=bash or query=bash")
+    if options.help and more:
+        with configuration(options.config_dir):  # refuses a folder that is not there, which Hydra's help page does not
+            pass
     if options.help or options.shell_completion or any(getattr(options, name) for name in OTHER_CONFIGURATION):
         main()
     elif any(getattr(options, name) for name in ONLY_SHOW):
-        with configuration():
+        with configuration(options.config_dir):
             check_names(options.overrides, options.multirun)
         main()
     else:
-        with sigterm_as_interrupt(then=end_in_time), configuration():
-            _run(read(options.overrides, options.multirun), options.multirun)
+        with sigterm_as_interrupt(then=end_in_time), configuration(options.config_dir):
+            command = read(options.overrides, options.multirun)
+            # The next command, and that which goes on, need the folder as well.
+            _run(replace(command, words=(*more, *command.words)), options.multirun)
 
 
 def _run(command: CommandLine, multirun: bool) -> None:
@@ -117,7 +124,7 @@ def job(cfg: DictConfig) -> float:
         settings = settings_from(cfg)
     except InputError as error:
         return _failed(str(error), single)
-    if settings.execution.dry_run:  # only where `start` left the command line to Hydra, as with --config-dir
+    if settings.execution.dry_run:  # only where `start` left the command line to Hydra, as with --config-name
         _list([settings.replace(retry_failed=True)], is_here=True)
         return math.nan
     return _run_cell(settings, single)

@@ -33,6 +33,8 @@ class Pace:
 
         seconds left = parts left * mean seconds of the parts measured
 
+    Parts of unlike size, such as texts, are counted in what they are made of, such as windows.
+
     The first part is left out as soon as there is another: compilers and caches warm up in it, and in a run that is resumed
     it holds the way of the activations through all blocks that were finished before.
 
@@ -47,14 +49,15 @@ class Pace:
         self._parts_left = 0
         self._is_resumed = False
 
-    def finish(self, done: int, total: int) -> float:
-        """A part has ended, the last of `done` in `total`; returns its seconds."""
+    def finish(self, done: int, total: int, size: int = 1) -> float:
+        """A part has ended, the last of `done` in `total`, which counts as `size` of them; returns its seconds."""
         now = self._clock()
         if not self._seconds:
-            self._is_resumed = done > 1  # the parts before were finished by an earlier process
-        self._seconds.append(now - self._last)
+            self._is_resumed = done > size  # the parts before were finished by an earlier process
+        seconds = now - self._last
+        self._seconds.append(seconds / size)
         self._last, self._parts_left = now, total - done
-        return self._seconds[-1]
+        return seconds
 
     @property
     def left(self) -> float | None:
@@ -111,10 +114,10 @@ class Bar:
         self.flush()
         self._pace, self._then = Pace(self._clock), f", then {then}" if then else ""
 
-    def finish(self, part: str, done: int, total: int) -> None:
-        """A part has ended, such as `block 3 of 24`: the last of `done` in `total`."""
+    def finish(self, part: str, done: int, total: int, size: int = 1) -> None:
+        """A part has ended, such as `block 3 of 24`: the last of `done` in `total` (see `Pace.finish` for `size`)."""
         assert self._pace is not None, "begin() comes first"
-        seconds = self._pace.finish(done, total)
+        seconds = self._pace.finish(done, total, size)
         left = self._pace.left if done < total else None
         is_due = self._clock() - self._said_of_part >= PART_SECONDS or done == total
         self._said_of_part = self._clock() if is_due else self._said_of_part

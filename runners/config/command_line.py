@@ -1,9 +1,10 @@
 """Compose and check every cell of a command line before the first one starts."""
 
 import copy
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -15,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runners.config import resolvers as resolvers  # importing it registers what conf/ interpolates
 from runners.config.from_config import settings_from
-from runners.config.hydra_internals import groups_inside, options_of_group, overrides_of_cells
+from runners.config.hydra_internals import also_compose_from, groups_inside, options_of_group, overrides_of_cells
 from runners.config.overrides import Groups, first_line, is_choice, is_hydras, parse, set_values
 from runners.config.settings import Settings
 from runners.errors import InputError
@@ -50,9 +51,34 @@ def check(overrides: Sequence[str], multirun: bool) -> list[Settings]:
         return read(overrides, multirun).cells
 
 
-def configuration() -> AbstractContextManager[None]:
-    """Let Hydra compose from conf/, as long as the context lasts."""
-    return initialize_config_dir(str(CONF), version_base="1.3")
+@contextmanager
+def configuration(more: str | None = None) -> Iterator[None]:
+    """Let Hydra compose from conf/, as long as the context lasts.
+
+    Args:
+        more: a folder with conf groups of the user's own, such as method/mine.yaml (Hydra's --config-dir).
+
+    Raises:
+        InputError: there is no such folder, or it has a file that conf/ has, too.
+    """
+    folder = _checked_folder(more) if more is not None else None
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        if folder is not None:
+            also_compose_from(folder)
+        yield
+
+
+def _checked_folder(more: str) -> Path:
+    folder = Path(more).resolve()
+    if not folder.is_dir():
+        raise InputError(f"--config-dir {more} is not a folder: it takes one with conf groups, as method/mine.yaml")
+    files = sorted(file.relative_to(folder) for file in folder.rglob("*.yaml"))
+    for file in files:
+        if (CONF / file).exists():  # Hydra would read ours, and say nothing
+            raise InputError(f"{folder / file} has the name of a file in conf/, which would be read instead: rename it")
+    if not any(file.parent != Path() for file in files):
+        raise InputError(f"--config-dir {more} holds no file of a conf group, such as method/mine.yaml")
+    return folder
 
 
 def read(lines: Sequence[str], multirun: bool) -> CommandLine:

@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from hydra._internal.callbacks import Callbacks
@@ -62,6 +63,15 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
         else:
             flags.append(word)
     return options, [*flags, *options.overrides]
+
+
+def also_compose_from(folder: Path) -> None:
+    """Let Hydra find conf groups in another folder, too, as its --config-dir does; within `initialize_config_dir`."""
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None, "initialize_config_dir comes first"
+    search = hydra.config_loader.get_search_path()
+    search.prepend("command-line", f"file://{folder}", anchor="schema")  # which has to stay last
+    hydra.config_loader = ConfigLoaderImpl(config_search_path=search)  # which lists its sources when it is made
 
 
 def _refuse(message: str) -> NoReturn:

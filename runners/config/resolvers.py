@@ -11,8 +11,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from runners.config.from_config import settings_from
+from runners.config.hydra_internals import options_of_group
 from runners.fetch.packages import place_of
-from runners.project import CONF, ROOT, results_folder
+from runners.project import ROOT, results_folder
 
 
 def _run_name(*, _root_: DictConfig) -> str:
@@ -21,7 +22,7 @@ def _run_name(*, _root_: DictConfig) -> str:
 
 def _choices(group: str) -> str:
     """The options of a conf group in lines that fit the help page; models are sorted by family and size."""
-    names = sorted((path.stem for path in (CONF / group).glob("*.yaml")), key=_family_and_size)
+    names = sorted(options_of_group(group), key=_family_and_size)
     return textwrap.fill(", ".join(names), width=90, break_on_hyphens=False).replace("\n", "\n" + 14 * " ")
 
 

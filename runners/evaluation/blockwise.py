@@ -157,11 +157,12 @@ class BlockwiseEvaluation:
             self._pass_block(in_progress, index)
             self._bar.finish(f"block {index + 1} of {count}", index + 1, count)
         self._bar.begin()
-        measured = {}
+        measured, done, windows = {}, 0, sum(len(text.ids) for text in self._texts.values())
         for name, text in self._texts.items():
             measured[name] = self._measure(name, text)
             what = f"probe {name}" if text.mode is Mode.PROBE else name
-            self._bar.finish(f"{what} measured", len(measured), len(self._texts))
+            done += len(text.ids)
+            self._bar.finish(f"{what} measured", done, windows, len(text.ids))  # a probe is one window
         return measured
 
     @property

@@ -3,13 +3,14 @@
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from runners import cli
-from runners.config.command_line import check, configuration, read
-from runners.config.hydra_internals import parse_arguments
+from runners.config.command_line import CommandLine, check, configuration, read
+from runners.config.hydra_internals import options_of_group, parse_arguments
 from runners.config.settings import Settings
 from runners.errors import InputError
 from tests.conftest import PROJECT
@@ -267,6 +268,54 @@ def test_help_is_a_page_for_newcomers() -> None:
     assert len(answer.stdout.splitlines()) < 50
     assert max(map(len, answer.stdout.splitlines())) <= 120
     assert "_target_" not in answer.stdout
+
+
+def own_method(folder: Path, name: str) -> Path:
+    """A folder for --config-dir with one method."""
+    (folder / "method").mkdir(parents=True)
+    (folder / "method" / f"{name}.yaml").write_text(f"name: {name}\n_target_: baselines.rtn.RTN\n")
+    return folder
+
+
+def test_methods_of_a_folder_of_ones_own_are_checked_and_listed_like_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = own_method(tmp_path / "my conf", "loud")
+    with configuration(str(folder)):
+        swept = read(["method=loud,rtn", "bits=2,3"], True).cells
+        assert [cell.run.method.name for cell in swept] == ["loud", "loud", "rtn", "rtn"]
+        assert options_of_group("method").count("loud") == 1
+        with pytest.raises(InputError, match=r"there is no method=lodu: did you mean loud\?"):
+            read(["method=lodu"], False)
+    with pytest.raises(InputError, match="there is no method=loud"):  # the folder is forgotten with its command
+        check(["method=loud"], False)
+    seen: list[CommandLine] = []
+    monkeypatch.setattr(cli, "_run", lambda command, multirun: seen.append(command))
+    monkeypatch.setattr(sys, "argv", ["run.py", "method=loud", "--config-dir", str(folder)])
+    cli.start(lambda: pytest.fail("it was left to Hydra"))
+    assert seen[0].words == (f"--config-dir={folder}", "method=loud")  # which the next command needs, too
+
+
+@pytest.mark.parametrize(
+    ("prepare", "sentence"),
+    [
+        (lambda folder: None, "is not a folder"),
+        (lambda folder: folder.mkdir(), "holds no file of a conf group, such as method/mine.yaml"),
+        (lambda folder: own_method(folder, "rtn"), "has the name of a file in conf/, which would be read instead"),
+    ],
+)
+@pytest.mark.parametrize("words", [["method=rtn"], ["--help"], ["--cfg", "job"]])
+def test_a_folder_of_ones_own_that_cannot_be_used_gets_a_sentence(
+    prepare: Callable[[Path], object], sentence: str, words: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    prepare(tmp_path / "mine")
+    monkeypatch.setattr(sys, "argv", ["run.py", "--config-dir", str(tmp_path / "mine"), *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.start(lambda: pytest.fail("Hydra was asked"))
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out) == (cli.WRONG_INPUT, "")
+    assert sentence in printed.err
 
 
 @pytest.mark.parametrize("name", ["experiment=tiny", "+experiment=tiny"])

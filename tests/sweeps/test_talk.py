@@ -43,6 +43,14 @@ def test_the_time_left_is_that_of_the_parts_measured_here() -> None:
     assert pace.left == 5.0
 
 
+def test_parts_of_unlike_size_count_by_what_they_are_made_of() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    clock.now = 32.0
+    assert pace.finish(64, 66, size=64) == 32.0  # a text of 64 windows
+    assert pace.left == 1.0  # two probes of one window each, and not twice the time of the text
+
+
 def test_after_a_resume_only_the_parts_of_this_process_count() -> None:
     clock = Clock()
     pace = Pace(clock)
