@@ -50,6 +50,17 @@ def test_it_is_the_equations_of_the_method(spec: GridSpec) -> None:
         assert torch.equal(answer.codes, grid.encode(rounds_of(problem, grid, rounds)))
 
 
+def test_the_order_of_sums_changes_no_code() -> None:
+    """A solve in slices of rows, and with the columns in another order, has sums in another order in every round."""
+    problem = random_problem(24, 96)
+    whole = ADMMQ(sweeps=0).solve(problem, GridSpec(3)).codes
+    for rows in (slice(0, 1), slice(3, 10)):
+        part = replace(problem, weight=problem.weight[rows])
+        assert torch.equal(ADMMQ(sweeps=0).solve(part, GridSpec(3)).codes, whole[rows])
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ADMMQ(sweeps=0).solve(problem.permuted(order), GridSpec(3)).codes, whole[:, order])
+
+
 def test_one_eigendecomposition_gives_the_solution_of_every_penalty() -> None:
     """Also of penalties far below the smallest eigenvalues of an ill-conditioned Hessian."""
     problem = in_double(random_problem(5, 96))
