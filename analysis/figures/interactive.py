@@ -8,7 +8,7 @@ from typing import Any
 
 from analysis.figures.pareto import front
 from analysis.figures.points import having, quantized, texts_of
-from analysis.figures.style import GRAY, is_hollow, looks
+from analysis.figures.style import GRAY, Marker, is_hollow, looks
 from analysis.series import Row, protocol_of
 from runners.results.metrics import BITS_PER_WEIGHT, REFERENCE, ppl
 
@@ -47,6 +47,21 @@ def interactive_pareto(summary: list[Row], model: str) -> dict[str, Spec]:
     rows = [row for row in summary if row["model"] == model]
     texts = [text for text in texts_of(rows) if having(quantized(rows), ppl(text))]
     return {text: _figure(rows, text, protocol_of(rows, text)) for text in texts}
+
+
+def shape(marker: Marker) -> str:
+    """A marker of matplotlib's by Vega's name, or as the path of its outline."""
+    if isinstance(marker, str):
+        return SHAPES[marker]
+    corners, is_star, turned = marker
+    points = []
+    for place in range(corners * (1 + is_star)):
+        angle = math.radians(turned) + math.tau * place / (corners * (1 + is_star))  # counterclockwise, from the top
+        radius = 0.5 if is_star and place % 2 else 1.0  # of a star, every second point is an inner one
+        points.append(
+            f"{round(-radius * math.sin(angle), 2):g},{round(-radius * math.cos(angle), 2):g}"
+        )  # y points down
+    return f"M{'L'.join(points)}Z"
 
 
 def _figure(rows: list[Row], text: str, protocol: str) -> Spec:
@@ -137,7 +152,7 @@ def _points(values: list[Spec], rows: list[Row]) -> Spec:
     look = {label: style for label, style in looks(rows).items() if label != REFERENCE}
     labels = list(look)
     colors = {"domain": labels, "range": [color for color, _ in look.values()]}
-    shapes = {"domain": labels, "range": [SHAPES[marker] for _, marker in look.values()]}
+    shapes = {"domain": labels, "range": [shape(marker) for _, marker in look.values()]}
     method: Spec = {"field": "method", "type": "nominal", "title": LEGEND}
     return {
         "data": {"values": values},

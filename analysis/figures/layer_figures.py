@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.figures.layer_choice import LayerChoice, errors_of
-from analysis.figures.style import METHODS, legend, legend_key, log_axis, looks, panels, styled
+from analysis.figures.style import METHODS, Marker, legend, legend_key, log_axis, looks, panels, styled
 
 ERROR = "‖(W − Ŵ)X‖² / ‖WX‖²"  # the relative error of a layer, as in the paper of QuantEase (arXiv 2309.01885)
 MOST_COLUMNS = 4
@@ -54,7 +54,7 @@ def layer_errors(choice: LayerChoice, layers: pd.DataFrame) -> Figure:
     return figure
 
 
-def _draw_line(axis: Axes, values: Any, kind: str, color: str, marker: str) -> None:
+def _draw_line(axis: Axes, values: Any, kind: str, color: str, marker: Marker) -> None:
     """One series in a panel. What is not above zero has no place on a logarithmic axis."""
     if kind not in values.index.unique("kind"):
         return

@@ -30,7 +30,9 @@ HALF_WORDS = {
 DPI = 160  # sharp on a screen of double density at the width that the page shows, and in a column of print
 HOLLOW = "white"
 GRAY = "#999999"  # of lines that help to read and are no method's
-METHODS = {  # color, marker
+# A letter of matplotlib's, or (corners, 0 for a polygon or 1 for a star, degrees that it is turned by).
+Marker = str | tuple[int, int, int]
+METHODS: dict[str, tuple[str, Marker]] = {  # color, marker
     REFERENCE: ("#000000", "."),
     "rtn": ("#7f7f7f", "s"),
     "awq": ("#e69f00", "v"),
@@ -47,9 +49,20 @@ METHODS = {  # color, marker
     "ldlqrg": ("#e377c2", "d"),
     "cdquant": ("#17becf", "8"),
     "admm_q": ("#08306b", "H"),
+    "gptaq": ("#f4a582", (3, 1, 0)),
+    "qep_gptq": ("#b2182b", (4, 1, 0)),
+    "qep_quantease": ("#2166ac", (4, 1, 45)),
+    "qronos": ("#762a83", (6, 1, 0)),
+    "quantease_paired": ("#00b7c3", (5, 0, 180)),
 }
 # For methods that are added, and for series of one method that differ in their settings; reused in turn after five.
-OTHERS = [("#1b9e77", "p"), ("#e7298a", "d"), ("#66a61e", ">"), ("#7570b3", "8"), ("#a6761d", "H")]
+OTHERS: list[tuple[str, Marker]] = [
+    ("#1b9e77", "p"),
+    ("#e7298a", "d"),
+    ("#66a61e", ">"),
+    ("#7570b3", "8"),
+    ("#a6761d", "H"),
+]
 RC: Any = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -64,7 +77,7 @@ RC: Any = {
 }
 styled = rc_context(RC)  # decorates the functions that draw; the user's own matplotlib settings stay as they are
 
-Look = dict[str, tuple[str, str]]
+Look = dict[str, tuple[str, Marker]]
 
 
 def looks(rows: list[Row]) -> Look:

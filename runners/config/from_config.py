@@ -13,6 +13,10 @@ from runners.config.run import Method, Run
 from runners.config.settings import ALL_SETTINGS, RUN_SETTINGS, Settings
 from runners.errors import InputError, known_names
 
+NAMES_A_METHOD = (
+    "init",
+    "solver",
+)  # settings of a method that are another method: given by its name, they are its file
 OWN_TEXT = "file"  # the key of the text in conf/evaluation/file.yaml
 
 
@@ -58,9 +62,8 @@ def _method(node: Any) -> Method:
         raise InputError("method.name is missing: the file of a method in conf/ must give its name")
     if target is None and (unknown := sorted(set(method) - {"_target_"})):
         raise unknown_setting("method", unknown[0], [])
-    if isinstance(method.get("init"), str):
-        method["init"] = _method_named(method["init"])
-    return Method(name, build(LayerSolver, method, "method") if target is not None else None)
+    solver = _with_named_methods(method, "method")
+    return Method(name, build(LayerSolver, solver, "method") if target is not None else None)
 
 
 def _transform(node: Any) -> Any:
@@ -97,12 +100,32 @@ def _without_shorthands(group: str, node: Any) -> Any:
     return node
 
 
-def _method_named(name: str) -> Any:
-    """The settings of another method's file, for `method.init=gptq`."""
+def _with_named_methods(node: dict[str, Any], where: str, named: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A method's settings, in which methods that are given by name, as `init=gptq`, are the settings of their files.
+
+    Args:
+        where: the node's key, for messages.
+        named: the methods inside of which it is, none of which it may name again.
+    """
+    node = dict(node)
+    for key in NAMES_A_METHOD:
+        name, place = node.get(key), f"{where}.{key}"
+        if isinstance(name, str):
+            if name in named:
+                raise InputError(f"{place}={name}: {name} is made of itself")
+            node[key] = _with_named_methods(_method_named(name, place), place, (*named, name))
+        elif isinstance(name, dict):
+            node[key] = _with_named_methods(name, place, named)
+    return node
+
+
+def _method_named(name: str, where: str) -> dict[str, Any]:
+    """The settings of another method's file, for `method.init=gptq`, where `where` is `method.init`."""
     options = options_of_group("method")
     if name not in options:
-        raise InputError(f"there is no method {name} for method.init: {known_names(name, options)}")
+        raise InputError(f"there is no method {name} for {where}: {known_names(name, options)}")
     node = option_of_group("method", name)
     if node.get("_target_") is None:
-        raise InputError(f"method.init={name}: {name} does not quantize, so it has no answer to start from: use null")
+        missing = "it has no answer to start from: use null" if where.endswith(".init") else "there is nothing to wrap"
+        raise InputError(f"{where}={name}: {name} does not quantize, so {missing}")
     return node

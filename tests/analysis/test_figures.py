@@ -12,10 +12,12 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.markers import MarkerStyle
 from PIL import Image
 
 from analysis.collect import collect, read_tables
 from analysis.figures import layer_figures, size_figures
+from analysis.figures.interactive import shape
 from analysis.figures.layer_choice import LayerChoice, errors_of, kind_names, layer_choices
 from analysis.figures.pareto import front, pareto, pareto_caption
 from analysis.figures.placement import Place, apart
@@ -262,3 +264,16 @@ def test_a_file_is_the_same_every_time_and_names_no_version(summary: list[Row]) 
     image = Image.open(io.BytesIO(first))
     assert image.info.keys() <= {"dpi"}
     assert image.width > 1000
+
+
+def test_the_figure_to_zoom_has_the_markers_of_the_others() -> None:
+    """Matplotlib's own outlines of polygons and stars, whose y axis points up."""
+    turned = [marker for _, marker in METHODS.values() if not isinstance(marker, str)]
+    for marker in [*turned, (7, 0, 10), (5, 1, 36)]:
+        style = MarkerStyle(marker)
+        outline = np.array(style.get_path().transformed(style.get_transform()).vertices)[
+            :-1
+        ]  # of half the size, closed
+        points = [point.split(",") for point in shape(marker)[1:-1].split("L")]
+        assert np.abs(np.array(points, float) - outline * (2, -2)).max() < 0.01
+    assert all(shape(marker) for _, marker in METHODS.values())

@@ -5,18 +5,18 @@ new method unless it is listed in OWN_GRID because it fits a grid of its own or 
 refuses a grid with `Unsupported` is skipped there. Tests of one method's own mathematics are in test_<method>.py.
 """
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from baselines.foem import FOEM
-from baselines.gptq import GPTQ
+from baselines.qronos import Qronos
 from baselines.rtn import RTN
 from baselines.spqr import SpQR
 from quantease.act_order import ActOrder
-from quantease.coordinate_descent import QuantEase
 from quantease.grid import GridSpec
 from quantease.grids.mxfp4 import MXFP4
 from quantease.grids.nf4 import NF4
@@ -42,6 +42,7 @@ SPECS = [
 ]
 
 
+@cache
 def build_solver(name: str) -> LayerSolver:
     (settings,) = check([f"method={name}"], multirun=False)
     return settings.run.solver
@@ -69,6 +70,8 @@ def beats_rounding(solver: LayerSolver, spec: GridSpec) -> None:
     """Skips where that is not to be expected."""
     if isinstance(solver, SpQR) and spec.bits == 8:
         pytest.skip("SpQR's 3-bit scales and zero points are too coarse for 8-bit codes")
+    if isinstance(solver, Qronos):
+        pytest.skip("with its published damping GPTQ itself can end above rounding: tests/comparators/test_qronos.py")
 
 
 @pytest.fixture(params=SPECS, ids=str)
@@ -176,9 +179,15 @@ def test_all_methods_round_to_the_same_grid(shared: LayerSolver, problem: LayerP
 
 
 def _static(solver: LayerSolver) -> LayerSolver:
-    if isinstance(solver, QuantEase) and solver.init is not None:
-        return replace(solver, init=_static(solver.init))
-    return replace(solver, static_groups=True) if isinstance(solver, GPTQ | FOEM) else solver
+    """With the groups of every method in it fitted to the original weights."""
+    changes: dict[str, Any] = {}
+    for field in fields(solver):  # pyright: ignore[reportArgumentType]
+        value = getattr(solver, field.name)
+        if field.name == "static_groups":
+            changes[field.name] = True
+        elif is_dataclass(value):  # a method inside of it
+            changes[field.name] = _static(value)  # pyright: ignore[reportArgumentType]
+    return replace(solver, **changes)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def test_one_row_and_one_column(solver: LayerSolver) -> None:
