@@ -6,7 +6,7 @@ i // group_size; with the strategies `channel` and `tensor` there is one. Codes 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,12 @@ class CompressedLayout:
             InputError: they name a format, or a treatment of activations, that cannot be measured.
         """
         return cls(read_groups(config, where))
+
+    def made_by(self, method: str) -> "CompressedLayout":
+        """The same with the name of the method, which the config does not have."""
+        return CompressedLayout(
+            tuple(replace(group, scheme=replace(group.scheme, method=method)) for group in self.groups)
+        )
 
     def parts_of(self, names: set[str]) -> dict[str, dict[str, str]]:
         """The layers by their `weight_packed`, or by a `weight_scale` beside their `weight`."""

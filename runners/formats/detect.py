@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from runners.errors import InputError
+from runners.formats import recipe
 from runners.formats.awq import AwqLayout
 from runners.formats.bitsandbytes import BitsandbytesLayout
 from runners.formats.compressed_tensors import CompressedLayout
@@ -51,6 +52,8 @@ def packed_layers(folder: Path, files: list[Path]) -> dict[str, PackedLayer]:
     if method not in LAYOUTS:
         raise InputError(f"{where} says that the weights are quantized by {method[:40]}, and {READABLE} can be read")
     layout = LAYOUTS[method](config, where)
+    if isinstance(layout, CompressedLayout) and (made_by := recipe.method_of(folder)) is not None:
+        layout = layout.made_by(made_by)
     headers = headers_of(files)
     names = layout.parts_of(set(headers))
     if not names:
