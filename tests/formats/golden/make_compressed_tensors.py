@@ -47,13 +47,11 @@ def grid(weight: Tensor, args: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 def case(layout: str, bits: int, strategy: str, symmetric: bool, dtype: torch.dtype) -> tuple[dict[str, Tensor], Any]:
     """The tensors of one layer, with `expected`, and its config."""
-    args = QuantizationArgs(
-        num_bits=bits,
-        symmetric=symmetric,
-        strategy=strategy,
-        group_size=GROUP if strategy == "group" else None,
-    )
-    scheme = QuantizationScheme(targets=["Linear"], weights=args, format=layout)
+    grouped = {"strategy": strategy, "group_size": GROUP if strategy == "group" else None}
+    options: dict[str, Any] = {"num_bits": bits, "symmetric": symmetric} | grouped
+    args = QuantizationArgs(**options)
+    whole: dict[str, Any] = {"targets": ["Linear"], "weights": args, "format": layout}
+    scheme = QuantizationScheme(**whole)
     weight = torch.randn(OUT, IN).to(dtype)
     scale, zero = grid(weight, args, dtype)
     state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
