@@ -10,7 +10,7 @@ import pytest
 from runners.results import metrics
 from runners.run.experiment import run_cell, run_experiment
 from tests.conftest import ToySettings
-from tests.formats.writers import write_gptq
+from tests.formats.writers import write_packed
 
 BLOCKS = "model.decoder.layers."  # of the toy
 
@@ -40,7 +40,7 @@ def test_our_gptq_in_its_layout_is_measured_to_the_last_digit(
 ) -> None:
     ours = quantized(toy_settings, *settings)
     folder = tmp_path / "packed"
-    write_gptq(toy_model, Path(ours["folder"]), folder, version, BLOCKS)
+    write_packed(toy_model, Path(ours["folder"]), folder, f"gptq v{version}", BLOCKS)
     theirs = measured(toy_settings, folder, f"reference={toy_model}")
     assert theirs["status"] == "done"
     for key in (metrics.ppl("wikitext2"), metrics.agreement("wikitext2", "kl"), metrics.agreement("wikitext2", "top1")):
@@ -52,10 +52,37 @@ def test_our_gptq_in_its_layout_is_measured_to_the_last_digit(
     assert metrics.method_words(theirs) == "gptq (elsewhere)"
 
 
+@pytest.mark.parametrize(
+    ("layout", "settings", "method", "bits"),
+    [
+        ("awq", ("bits=4", "group_size=16"), "awq", 4 + 20 / 16),
+        ("bitsandbytes", ("grid=nf4", "group_size=32", "scale_bits=32"), "nf4", None),
+        ("naive", ("bits=6", "group_size=16"), "compressed-tensors", 8 + 40 / 16),
+    ],
+)
+def test_whole_models_in_other_layouts_are_measured_to_the_last_digit(
+    toy_settings: ToySettings,
+    toy_model: Path,
+    tmp_path: Path,
+    layout: str,
+    settings: tuple[str, ...],
+    method: str,
+    bits: float | None,
+) -> None:
+    ours = quantized(toy_settings, *settings)
+    write_packed(toy_model, Path(ours["folder"]), tmp_path / "packed", layout, BLOCKS)
+    theirs = measured(toy_settings, tmp_path / "packed")
+    assert theirs[metrics.ppl("wikitext2")] == ours[metrics.ppl("wikitext2")]
+    assert [theirs[name] for name in ("bits", "group_size")] == [ours[name] for name in ("bits", "group_size")]
+    assert metrics.method_words(theirs) == f"{method} (elsewhere)"
+    # NF4 has a table of levels and a text for each layer beside its codes.
+    assert theirs[metrics.BITS_PER_WEIGHT] == bits if bits is not None else theirs[metrics.BITS_PER_WEIGHT] > 5
+
+
 def test_every_stored_bit_is_counted(toy_settings: ToySettings, toy_model: Path, tmp_path: Path) -> None:
     ours = quantized(toy_settings, "bits=4", "group_size=16", "symmetric=true")
     folder = tmp_path / "packed"
-    write_gptq(toy_model, Path(ours["folder"]), folder, 1, BLOCKS)
+    write_packed(toy_model, Path(ours["folder"]), folder, "gptq v1", BLOCKS)
     theirs = measured(toy_settings, folder)
     # By hand: 4 bits a weight, 16 + 4 bits a group for scale and zero point, 32 bits a column for g_idx.
     shapes = [(32, 32)] * 4 + [(64, 32), (32, 64)]
@@ -67,7 +94,7 @@ def test_every_stored_bit_is_counted(toy_settings: ToySettings, toy_model: Path,
 def test_without_a_reference_there_is_no_agreement(toy_settings: ToySettings, toy_model: Path, tmp_path: Path) -> None:
     ours = quantized(toy_settings, "bits=3", "symmetric=true")
     folder = tmp_path / "packed"
-    write_gptq(toy_model, Path(ours["folder"]), folder, 1, BLOCKS)
+    write_packed(toy_model, Path(ours["folder"]), folder, "gptq v1", BLOCKS)
     (theirs,) = run_experiment(toy_settings("method=stored", f"model.path={folder}"))
     assert not metrics.keys_of(theirs, "agreement")
     assert math.isclose(theirs[metrics.ppl("wikitext2")], ours[metrics.ppl("wikitext2")], rel_tol=0)

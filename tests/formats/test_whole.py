@@ -14,7 +14,7 @@ from runners.results.tables import results_table
 from runners.run.experiment import run_cell, run_experiment
 from tests.conftest import ToySettings
 from tests.formats.test_stored import BLOCKS, quantized
-from tests.formats.writers import write_gptq
+from tests.formats.writers import write_packed
 from tests.models.test_gguf import write_gguf
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def test_the_whole_model_is_the_one_that_is_read_block_by_block(
     toy_settings: ToySettings, toy_model: Path, tmp_path: Path, dtype: str
 ) -> None:
     ours = quantized(toy_settings, "bits=4", "group_size=16", "symmetric=true")
-    write_gptq(toy_model, Path(ours["folder"]), tmp_path / "packed", 1, BLOCKS)
+    write_packed(toy_model, Path(ours["folder"]), tmp_path / "packed", "gptq v1", BLOCKS)
     model = Model("packed", str(tmp_path / "packed"), dtype=dtype)
     checkpoint = open_checkpoint(model, stored=True)
     whole = dict(load(checkpoint, model, CPU).named_parameters())
@@ -45,7 +45,7 @@ def test_zero_shot_accuracies_are_those_of_the_run_that_made_the_codes(
 ) -> None:
     tasks = ("evaluation.tasks=[stdlib_last_word]", "evaluation.limit=6")
     ours = quantized(toy_settings, "bits=4", "symmetric=true", *tasks)
-    write_gptq(toy_model, Path(ours["folder"]), tmp_path / "packed", 1, BLOCKS)
+    write_packed(toy_model, Path(ours["folder"]), tmp_path / "packed", "gptq v1", BLOCKS)
     theirs = run_cell(toy_settings("method=stored", f"model.path={tmp_path / 'packed'}", *tasks))
     kept = {key: value for key, value in ours.items() if metrics.zero_shot_parts(key)}
     assert kept
@@ -54,7 +54,7 @@ def test_zero_shot_accuracies_are_those_of_the_run_that_made_the_codes(
 
 def test_the_row_is_beside_the_others_and_marked(toy_settings: ToySettings, toy_model: Path, tmp_path: Path) -> None:
     ours = quantized(toy_settings, "bits=4", "symmetric=true")
-    write_gptq(toy_model, Path(ours["folder"]), tmp_path / "packed", 1, BLOCKS)
+    write_packed(toy_model, Path(ours["folder"]), tmp_path / "packed", "gptq v1", BLOCKS)
     settings = toy_settings(
         "method=stored", f"model.path={tmp_path / 'packed'}", f"model.name={toy_model.name}", f"reference={toy_model}"
     )
@@ -75,7 +75,7 @@ def test_a_reference_of_another_architecture_is_none(
     toy_settings: ToySettings, toy_model: Path, tmp_path: Path
 ) -> None:
     ours = quantized(toy_settings, "bits=4", "symmetric=true")
-    write_gptq(toy_model, Path(ours["folder"]), tmp_path / "packed", 1, BLOCKS)
+    write_packed(toy_model, Path(ours["folder"]), tmp_path / "packed", "gptq v1", BLOCKS)
     bundled = Path(__file__).parents[2] / "runners" / "tiny"
     row = run_cell(toy_settings("method=stored", f"model.path={tmp_path / 'packed'}", f"reference={bundled}"))
     assert row["status"] == "failed"
