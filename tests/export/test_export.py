@@ -17,9 +17,11 @@ from runners.export import __main__ as command
 from runners.export.card import CARD, FACTS
 from runners.formats.words import pack_words, unpack_words
 from runners.models.blocks import decoder_blocks, linear_layers
+from runners.models.experts import take_apart
 from runners.quantization.finished_blocks import FinishedBlocks
 from runners.run.experiment import run_cell
 from tests.conftest import ToySettings, missing
+from tests.experts.conftest import checkpoint
 
 Export = Callable[..., Path]
 
@@ -175,3 +177,22 @@ def test_what_others_have_written_is_not_copied(export: Export, toy_model: Path,
     folder = export("dense", "method=rtn", f"model.path={model}")
     assert "QuantEase Bench" in (folder / CARD).read_text()
     assert (folder / "LICENSE").read_text() == "a license"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("mixtral", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_experts_are_written_dense(export: Export, toy_settings: ToySettings, tmp_path: Path, family: str) -> None:
+    model = checkpoint(family, tmp_path / "model")
+    settings = ("method=rtn", "bits=4", f"model.path={model}", "model.sequence_length=32")
+    folder = export("dense", *settings)
+    assert facts(folder)["check"]["after"] == facts(folder)["check"]["before"]
+    blocks = FinishedBlocks(toy_settings("device=cpu", *settings).folder, {})
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    take_apart(loaded)
+    for index, block in enumerate(decoder_blocks(loaded)):
+        layers, quantized = linear_layers(block), blocks.layers(index, "cpu")
+        assert any(".experts." in name for name in quantized)
+        for name, layer in quantized.items():
+            assert torch.equal(layers[name].weight, layer.weight.to(layers[name].weight.dtype)), name
+    with pytest.raises(InputError, match=r"are not the model's weights one by one .* format=dense can hold them"):
+        export("gptq", *settings)
