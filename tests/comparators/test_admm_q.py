@@ -51,13 +51,16 @@ def test_it_is_the_equations_of_the_method(spec: GridSpec) -> None:
 
 
 def test_the_order_of_sums_changes_no_code() -> None:
-    """A solve in slices of rows, and with the columns in another order, has sums in another order in every round."""
-    problem = random_problem(24, 96)
+    """Slices of rows, and columns in another order, are sums in another order in every round.
+
+    In float32 more than 1 % of these codes would change.
+    """
+    problem = random_problem(64, 256)
     whole = ADMMQ(sweeps=0).solve(problem, GridSpec(3)).codes
     for rows in (slice(0, 1), slice(3, 10)):
         part = replace(problem, weight=problem.weight[rows])
         assert torch.equal(ADMMQ(sweeps=0).solve(part, GridSpec(3)).codes, whole[rows])
-    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(0))
     assert torch.equal(ADMMQ(sweeps=0).solve(problem.permuted(order), GridSpec(3)).codes, whole[:, order])
 
 
