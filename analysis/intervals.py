@@ -17,7 +17,7 @@ from analysis.bootstrap import Floats, Losses, Ratio, perplexity_ratio
 from analysis.collect import collect_run, read_tables
 from analysis.series import Row
 from runners.results import metrics
-from runners.results.metrics import BITS_PER_WEIGHT, Status
+from runners.results.metrics import BITS_PER_WEIGHT, Status, bits_text
 
 # Bits per weight by which rivals may differ. At the papers' sizes the column scales of AWQ (16 bits a column, 0.02 a weight
 # in OPT-125M) and the 16-bit zero points of a per-channel refit stay within it; 1 % of outliers (0.3) does not.
@@ -113,7 +113,7 @@ def ratios_to_lowest(summary: list[Row], pairs: list[Pair]) -> pd.DataFrame:
     for row in summary:
         ratios = {text: largest[row["series"], text] for text in texts if (row["series"], text) in largest}
         if ratios:
-            named = {"model": row["model"], "bits": f"{row['bits']}", "grid": row["grid"], "method": row["label"]}
+            named = {"model": row["model"], "bits": bits_text(row["bits"]), "grid": row["grid"], "method": row["label"]}
             words = {text: str(ratio) if ratio.value > 1 else "lowest" for text, ratio in ratios.items()}
             rows.append(named | {"bits per weight": f"{row[BITS_PER_WEIGHT]:.2f}"} | words)
     return pd.DataFrame(rows).fillna("")

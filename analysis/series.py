@@ -113,7 +113,7 @@ def _row(runs: pd.DataFrame, sizes: dict[str, float]) -> Row:
         "family": re.sub(r"-?\d+(\.\d+)?[mb]\d*$", "", model),  # opt-1.3b: opt; llama-2-7b: llama-2; bloom-1b7: bloom
         "parameters": sizes.get(model, math.nan),
         "label": method_words(first),
-        "bits": None if method == REFERENCE else int(first["bits"]),
+        "bits": None if method == REFERENCE else _whole(first["bits"]),
         "group_size": first.get("group_size"),
         "grid": grid_words(first),
         "seeds": len(runs),
@@ -127,6 +127,11 @@ def _row(runs: pd.DataFrame, sizes: dict[str, float]) -> Row:
         row[name] = statistics.fmean(values)
         row["deviations"][name] = statistics.stdev(values) if len(values) > 1 else math.nan
     return row | {"damping_raised": bool(row.get(warning("damping_raised"), 0) > 0)}
+
+
+def _whole(bits: float) -> float:
+    """Bits as a whole number where they are one; the mean of unlike layers need not be."""
+    return int(bits) if bits == int(bits) else bits
 
 
 def _sizes(done: pd.DataFrame) -> dict[str, float]:

@@ -50,4 +50,4 @@ def _as_mappings(value: Any, names: Callable[[Any], list[str]]) -> Any:
         return {"class": type(value).__name__} | fields
     if isinstance(value, dict):
         return {key: _as_mappings(entry, names) for key, entry in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return [_as_mappings(entry, names) for entry in value] if isinstance(value, tuple) else value

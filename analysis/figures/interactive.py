@@ -10,7 +10,7 @@ from analysis.figures.pareto import front
 from analysis.figures.points import having, quantized, texts_of
 from analysis.figures.style import GRAY, Marker, is_hollow, looks
 from analysis.series import Row, protocol_of
-from runners.results.metrics import BITS_PER_WEIGHT, REFERENCE, ppl
+from runners.results.metrics import BITS_PER_WEIGHT, REFERENCE, bits_text, ppl
 
 HEXAGON = "M0,-1L0.87,-0.5L0.87,0.5L0,1L-0.87,0.5L-0.87,-0.5Z"
 SHAPES = {  # of matplotlib's markers, by Vega's names or as paths
@@ -102,7 +102,7 @@ def _point(row: Row, metric: str) -> Spec:
         "high": mean + spread,
         "hollow": is_hollow(row["grid"]),
         "method": row["label"],
-        "bits": f"{row['bits']}",
+        "bits": bits_text(row["bits"]),
         "grid": row["grid"],
         "bits per weight": f"{row[BITS_PER_WEIGHT]:.2f}",
         "perplexity": f"{mean:.2f}" + (f" ± {spread:.2f}" if spread else ""),

@@ -6,8 +6,10 @@ GPTQ leaves in the same layer, at the same bits and grid, of the same calibratio
 """
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from analysis.series import Row
 from runners.results.metrics import BITS_PER_WEIGHT, OWN_GRID, bits_words, group_words
 
 BASES = ("gptq", "rtn")  # the first of these methods that was run is the one that errors are divided by
+LONGEST_GRID = 80  # characters, in the name of a file
 MOST_GRIDS = 2  # figures per number of bits
 MOST_SERIES = 6  # in a panel; more could not be told apart
 
@@ -38,7 +41,7 @@ class LayerChoice:
     """
 
     model: str
-    bits: int
+    bits: float
     grid: str
     base: str | None
     shown: list[tuple[Row, Row | None]]
@@ -72,7 +75,9 @@ class LayerChoice:
     @property
     def file(self) -> str:
         """The name of the figure's file."""
-        return f"layers-{self.model}-{bits_words(self.bits)}-{self.grid}.png".replace(" ", "-")
+        grid = re.sub(r"[^\w.-]+", "-", self.grid)  # of mixed layers it has patterns, and no end
+        grid = grid if len(grid) <= LONGEST_GRID else f"{grid[:LONGEST_GRID]}-{sha256(grid.encode()).hexdigest()[:8]}"
+        return f"layers-{self.model}-{bits_words(self.bits)}-{grid}.png".replace(" ", "-")
 
 
 def layer_choices(summary: list[Row], layers: pd.DataFrame, model: str) -> list[LayerChoice]:
@@ -101,7 +106,7 @@ def _grids(rows: list[Row]) -> list[str]:
     return sorted(counts, key=lambda grid: (grid not in plain, -counts[grid]))[:MOST_GRIDS]
 
 
-def _choice(model: str, bits: int, grid: str, rows: list[Row]) -> LayerChoice:
+def _choice(model: str, bits: float, grid: str, rows: list[Row]) -> LayerChoice:
     """The base, and the series that are nearest to it in what they store: more bits would explain a lower error."""
     members = [row for row in rows if row["grid"] == grid]
     base = next((method for method in BASES if any(row["method"] == method for row in members)), None)

@@ -1,13 +1,14 @@
 """The table of a study: full precision first, then method by method at each number of bits. All entries are text."""
 
 import math
+import re
 
 import pandas as pd
 
 from analysis.intervals import BOLD_NOTE, SeriesText, compare_peers, window_losses, winners
 from analysis.series import LAYER_ERRORS, Row, all_keys, summarize
 from analysis.tables.notes import CALIBRATED_WITH, RAISED, bos_differs, mark_notes, row_notes, stored_words
-from runners.results.metrics import BITS_PER_WEIGHT, CALIBRATION_BOS, FAR_MORE_BITS, REFERENCE, names, ppl
+from runners.results.metrics import BITS_PER_WEIGHT, CALIBRATION_BOS, FAR_MORE_BITS, REFERENCE, bits_text, names, ppl
 
 WORDS = ("model", "method", "grid", "group size", "text", CALIBRATED_WITH)  # columns that are aligned left
 
@@ -48,7 +49,7 @@ def _row(row: Row, texts: list[str], errors: list[str], bold: set[SeriesText]) -
     quantized = row["method"] != REFERENCE
     entries = {
         "model": row["model"],
-        "bits": f"{row['bits']:g}" if quantized else "",
+        "bits": bits_text(row["bits"]) if quantized else "",
         "grid": row["grid"],
         "method": row["label"] + RAISED * row["damping_raised"],
         CALIBRATED_WITH: row.get(CALIBRATION_BOS, "") if quantized else "",
@@ -87,6 +88,8 @@ def markdown_lines(table: pd.DataFrame) -> str:
 
 def markdown_text(text: str) -> str:
     """A name or an error message in one cell of a table: it may have bars and line breaks, and tags that are none."""
+    # A single star is part of a pattern; two make a word bold.
+    text = re.sub(r"(?<!\*)\*(?!\*)", r"\\*", text)
     return " ".join(text.replace("<", "&lt;").replace("|", "\\|").split("\n"))
 
 

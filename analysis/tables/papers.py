@@ -22,6 +22,7 @@ from runners.results.metrics import (
     KL_FLOOR,
     MEASURED_HOW,
     agreement,
+    bits_text,
     floor_words,
     names,
     ppl,
@@ -172,7 +173,7 @@ def layout(table: PaperTable, write: Callable[[Entry], Any]) -> tuple[list[str],
     """The header and rows of the wide table, each entry as `write` returns it; "" for a model without a run."""
     rows: dict[tuple[Any, ...], dict[str, Entry]] = {}
     for entry in table.entries:
-        bits = "" if entry["bits"] is None or entry["bits"] != entry["bits"] else f"{entry['bits']:g}"
+        bits = "" if entry["bits"] is None or entry["bits"] != entry["bits"] else bits_text(entry["bits"])
         rows.setdefault((entry["method"], bits, entry["grid"]), {})[entry["model"]] = entry
     written = []
     for (method, bits, grid), entries in rows.items():

@@ -52,6 +52,8 @@ def main(
     first = runs[methods[0]]
     if first.run.calibration is not None and first.run.calibration.scales_tokens:
         raise InputError("first_token calibrates with token_weights=uniform only")
+    if first.run.layers:
+        raise InputError("first_token looks at one layer, which gets the run's grid: leave layers out")
     inputs = preflight(first)
     held_out = None if inputs.sequences is None else inputs.sequences.held_out
     if inputs.sequences is None or held_out is None or not inputs.windows:

@@ -38,7 +38,7 @@ def build(annotation: Any, value: Any, where: str) -> Any:
         return _mapping(classes[0], value, where)
     if isinstance(value, list) and kind is tuple:
         return _sequence(classes[0], value, where)
-    if isinstance(value, dict) and kind not in LEAVES:
+    if isinstance(value, dict) and kind not in (*LEAVES, tuple):
         return _construct(_class_to_build(classes, value, where), _fields(value), where)
     # Of several kinds of single values (true or a text) the one that it is.
     return _leaf(

@@ -8,6 +8,7 @@ from quantease.grid import GridSpec
 from quantease.grids.levels import LevelFormat
 from quantease.layer import LayerSolver
 from quantease.transform import Transform, Transformed
+from runners.config.layer_rules import LayerRule, spec_of, spec_words
 from runners.data.calibration import Calibration
 from runners.data.task_rows import task_version
 from runners.data.windows import Evaluation
@@ -68,6 +69,8 @@ class Run:
     transform: Transform | None = field(
         default=None, metadata=counts_if(lambda run: _quantizes(run) and run.transform is not None)
     )
+    # Layers of unlike treatment; (): all layers are treated alike, as all once were.
+    layers: tuple[LayerRule, ...] = field(default=(), metadata=counts_if(lambda run: run.is_mixed))
 
     def __post_init__(self) -> None:
         if self.act_order not in (False, True, WITHIN_GROUPS):
@@ -86,6 +89,11 @@ class Run:
                 f"{self.method.name} is compared with the unquantized run of its own model: leave reference out"
             )
         _ = self.grid  # refuses what GridSpec refuses
+        for place, rule in enumerate(self.layers):
+            try:
+                rule.spec(self.grid)
+            except ValueError as error:
+                raise ValueError(f"layers[{place}], match={rule.match}: {error}") from None
         self._check_inputs()
         check_name("model.name", self.model.name)
         check_name("method.name", self.method.name)
@@ -114,6 +122,20 @@ class Run:
     def grid(self) -> GridSpec:
         """The grid that the method solves on."""
         return GridSpec(*(getattr(self, name) for name in GRID), format=self.grid_format)
+
+    def spec_of(self, layer: str) -> GridSpec | None:
+        """The grid of a layer, given by its full name (`0.self_attn.q_proj`); None: it keeps its weights."""
+        return spec_of(self.layers, self.grid, layer)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some layers are treated unlike others."""
+        return _quantizes(self) and bool(self.layers)
+
+    @property
+    def layer_words(self) -> str:
+        """How layers that are not alike are treated: `*.fc2 4 bits group 64; 0.* skipped; others 3 bits per-channel`."""
+        return "; ".join([*(rule.words(self.grid) for rule in self.layers), f"others {spec_words(self.grid)}"])
 
     @property
     def quantizes(self) -> bool:
@@ -173,6 +195,8 @@ class Run:
                 identity["grid"] = {key: value for key, value in grid.items() if key != "format"}  # grid_format has it
             elif name == "grid_format":
                 identity[name] = self.grid.format and self.grid.format.name
+            elif name == "layers":
+                identity[name] = [rule.identity(self.grid) for rule in self.layers]
             else:
                 identity[name] = identity_of(getattr(self, name))
         identity["model"]["path"] = self.model_path

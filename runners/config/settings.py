@@ -69,8 +69,8 @@ class Settings:
 
     @property
     def run_name(self) -> str:
-        """Method, bits and digest."""
-        bits = f"-{self.run.bits}b" if self.run.quantizes else ""
+        """Method, bits and digest; of a run whose layers are not treated alike the bits of most, and `mixed`."""
+        bits = f"-{self.run.bits}b{'-mixed' * self.run.is_mixed}" if self.run.quantizes else ""
         return f"{self.run.method.name}{bits}-{self.digest}"
 
     @property

@@ -1,5 +1,6 @@
 """The perplexity of an export, measured on the windows of the run that it was made from."""
 
+import json
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +36,8 @@ def checked(
 ) -> Check:
     """Load an export again and measure it on all windows of a text.
 
-    transformers reads it where it can; this project's own reader where the layout needs a package that is not installed.
+    transformers reads it where it can; this project's own reader where the layout needs a package that is not installed, or
+    layers are on unlike grids, which transformers does not tell apart (5.24, `CompressedTensorsDequantize`).
 
     Args:
         layout: name of the format.
@@ -49,13 +51,20 @@ def checked(
     name, ids = first_windows(kept, text, ALL, None, data_root)
     if metrics.ppl(name) not in kept.metrics:
         raise InputError(f"the run has no perplexity on {name} to compare with: name another text, or check=false")
-    by_transformers = layout == "dense" or (layout == "compressed_tensors" and find_spec("compressed_tensors"))
+    by_transformers = layout == "dense" or (
+        layout == "compressed_tensors" and find_spec("compressed_tensors") and _is_of_one_grid(folder)
+    )
     source = _by_transformers(folder, kept, device) if by_transformers else _by_this_project(folder, kept, device)
     evaluation = BlockwiseEvaluation(source, {name: (ids, "")}, batch_size)
     with torch.no_grad(), progress("measure the export", evaluation.steps) as bar:
         losses = evaluation.run(bar)[name]["nll"]
     after = perplexity(torch.tensor(losses, dtype=torch.float64))
     return Check(name, kept.metrics[metrics.ppl(name)], after, TRANSFORMERS if by_transformers else OWN)
+
+
+def _is_of_one_grid(folder: Path) -> bool:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return len(config["quantization_config"]["config_groups"]) == 1
 
 
 def _by_this_project(folder: Path, kept: KeptRun, device: torch.device) -> BlockSource:

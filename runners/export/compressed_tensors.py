@@ -57,7 +57,8 @@ class CompressedTensors:
                 for place, ((bits, symmetric, group_size), names) in enumerate(groups.items())
             },
             "ignore": ignored,
-            "dequantize": True,  # transformers, which otherwise refuses zero points
+            # transformers, which otherwise refuses zero points; it reads layers of unlike grids as if all were of the first
+            **({"dequantize": True} if one else {}),
         }
 
 

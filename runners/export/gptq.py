@@ -68,16 +68,19 @@ class Gptq:
             "g_idx": stored.layer.grid.group.to(torch.int32),
         }
 
-    def config(self, layers: list[StoredLayer], ignored: list[str]) -> dict[str, Any]:  # noqa: ARG002
-        """As for `ExportLayout`. What is quantized is named, so what is ignored need not be.
+    def config(self, layers: list[StoredLayer], ignored: list[str]) -> dict[str, Any]:
+        """As for `ExportLayout`. What is quantized is named by its place in a block, so what is ignored need not be.
 
         Raises:
-            CannotHold: layers differ in bits, group size or symmetry.
+            CannotHold: layers differ in bits, group size or symmetry, or blocks in which of their layers are quantized.
         """
         kinds = {(each.layer.grid.spec.bits, group_size_of(each), each.layer.grid.spec.symmetric) for each in layers}
         if len(kinds) > 1:
             raise CannotHold(f"the layers are of {len(kinds)} kinds of grids, the format has one: {ANY_SIZE}")
         ((bits, group_size, symmetric),) = kinds
+        quantized = {_in_block(each.name) for each in layers}
+        if left := next((name for name in ignored if _in_block(name) in quantized), None):
+            raise CannotHold(f"{left} is not quantized, and the format quantizes it in all blocks or none: {ANY_SIZE}")
         return {
             "quant_method": "gptq",
             "bits": bits,
@@ -86,7 +89,7 @@ class Gptq:
             "sym": symmetric,
             "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
             "lm_head": False,
-            "modules_in_block_to_quantize": [sorted({_in_block(each.name) for each in layers})],
+            "modules_in_block_to_quantize": [sorted(quantized)],
         }
 
 

@@ -1,6 +1,6 @@
 """Decoder blocks and their linear layers. No family of models is known by name."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -13,6 +13,8 @@ from quantease.grid import GridSpec
 from quantease.layer import QuantizedLayer
 from runners.errors import InputError
 from runners.models.experts import ExpertWeight, expert_weights, is_taken_apart, routers, take_apart
+
+SpecOf = Callable[[str], GridSpec | None]  # the grid of a layer, given by its `full_name`; None: it keeps its weights
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,17 @@ def other_matrices(block: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def check_divisibility(model: Any, spec: GridSpec) -> None:
+def full_name(index: int, layer: str) -> str:
+    """What a layer is called in a whole model: `0.self_attn.q_proj`, the columns block and layer of layers.csv.
+
+    Args:
+        index: of its decoder block.
+        layer: its name inside the block.
+    """
+    return f"{index}.{layer}"
+
+
+def check_divisibility(model: Any, spec_of: SpecOf) -> None:
     """Refuse a group size that does not divide the rows of every layer that is to be quantized.
 
     Raises:
@@ -108,7 +120,7 @@ def check_divisibility(model: Any, spec: GridSpec) -> None:
     """
     for index, block in enumerate(decoder_blocks(model)):
         for name, layer in linear_layers(block).items():
-            if not spec.divides(layer.in_features):
+            if (spec := spec_of(full_name(index, name))) is not None and not spec.divides(layer.in_features):
                 if spec.format is not None:
                     raise InputError(
                         f"the groups of grid={spec.format.name}, {spec.group_size} columns each, do not divide the "

@@ -22,7 +22,7 @@ from runners.quantization.fallback import NOT_FINITE, RoundToNearest, why_not_ca
 from runners.quantization.input_statistics import InputStatistics
 from runners.quantization.layer_errors import relative_error, rounding_error, token_error
 from runners.results.layers import LayerRecord
-from runners.results.metrics import FALLBACK_ERROR, FALLBACK_KEEP, FALLBACK_RTN
+from runners.results.metrics import FALLBACK_ERROR, FALLBACK_KEEP, FALLBACK_RTN, INT
 from runners.timing import Phases, clock
 
 
@@ -214,6 +214,7 @@ class GroupSolver:
             notes="; ".join(notes),
             tokens=None if group.statistics is None else group.statistics.tokens,
             history=quantized.history,
+            **_grid_columns(quantized.grid.spec),
             **errors,
             **_energy_columns(group.statistics),
         )
@@ -235,6 +236,12 @@ class GroupSolver:
 
     def _left_alone(self, group: LayerGroup, name: str, why: str) -> SolvedLayer:
         return left_alone(group.block, name, group.layers[name].weight.shape, self.stored_bits, why, non_finite=True)
+
+
+def _grid_columns(spec: GridSpec) -> dict[str, Any]:
+    """The grid that a layer is on, by the names of its record."""
+    kind = INT if spec.format is None else spec.format.name
+    return {"bits": spec.bits, "group_size": spec.group_size, "grid": kind, "symmetric": spec.symmetric}
 
 
 def _energy_columns(statistics: InputStatistics | None) -> dict[str, Any]:

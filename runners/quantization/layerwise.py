@@ -9,19 +9,21 @@ This is the scheme of GPTQ (Frantar et al., 2023, section 4) and of QuantEase (B
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from quantease.grid import GridSpec
 from quantease.layer import LayerSolver, QuantizedLayer
-from runners.models.blocks import linear_layers, other_matrices
+from runners.models.blocks import LinearLayer, SpecOf, full_name, linear_layers, other_matrices
 from runners.models.experts import routers
 from runners.quantization.calibration_modes import CalibrationMode
 from runners.quantization.fallback import UNREACHED
 from runners.quantization.finished_blocks import FinishedBlocks
 from runners.quantization.group_solver import GroupSolver, LayerGroup, SolvedLayer, left_alone
-from runners.results.layers import ROUTER_NOTE, LayerRecord
+from runners.quantization.input_statistics import InputStatistics
+from runners.results.layers import ROUTER_NOTE, SKIPPED_NOTE, LayerRecord
 from runners.results.metrics import FALLBACK_RTN
 from runners.timing import peak_so_far_gb
 
@@ -36,6 +38,7 @@ class Quantization:
         stored_bits: bits per weight of a layer that keeps its own weights.
         finished: where finished blocks are kept and found again after an interruption; None: nowhere.
         fallback: what layers get that calibration has reached too little.
+        spec_of: the grid of each layer, where they are not all on `spec`; None for a layer: it keeps its weights.
     """
 
     def __init__(
@@ -47,10 +50,12 @@ class Quantization:
         stored_bits: float = 16.0,
         finished: FinishedBlocks | None = None,
         fallback: str = FALLBACK_RTN,
+        spec_of: SpecOf | None = None,
     ) -> None:
         self.inputs, self.finished = inputs, finished
         activations = inputs.activations
         self._source, self._memory, self._phases = activations.source, activations.memory, activations.phases
+        self._spec_of = spec_of or (lambda _: spec)
         self._groups = GroupSolver(solver, spec, stored_bits, self._memory, self._phases, activations.to_host, fallback)
 
     @torch.no_grad()
@@ -107,12 +112,39 @@ class Quantization:
             for measured in self.inputs.measure():
                 for names, statistics in measured:
                     used.update(names)
-                    # Without a name of its own, so that the copies of its weights are freed before more is measured.
-                    yield from self._groups.solve(LayerGroup(index, {name: layers[name] for name in names}, statistics))
-            for name in (name for name in layers if name not in used):
-                yield from self._groups.fall_back(LayerGroup(index, {name: layers[name]}, None), UNREACHED)
+                    yield from self._solve(index, {name: layers[name] for name in names}, statistics)
+            unused = {name: layer for name, layer in layers.items() if name not in used}
+            for name, layer in unused.items():
+                yield from self._solve(index, {name: layer}, None, UNREACHED)
             yield from self._other_matrices(index, block)
             self.inputs.leave()  # last, while the block is open: its quantized weights leave the memory with it
+
+    def _solve(
+        self,
+        index: int,
+        layers: dict[str, LinearLayer],
+        statistics: InputStatistics | None,
+        unreached: str | None = None,
+    ) -> Iterator[SolvedLayer]:
+        """Solve the layers of an input group: those on one grid together, each grid's apart.
+
+        Args:
+            unreached: why the layers take the fallback; None: the statistics say whether they do.
+        """
+        by_spec: dict[GridSpec | None, dict[str, LinearLayer]] = {}
+        for name, layer in layers.items():
+            by_spec.setdefault(self._spec_of(full_name(index, name)), {})[name] = layer
+        for spec, alike in by_spec.items():
+            if spec is None:
+                for name, layer in alike.items():
+                    yield left_alone(index, name, layer.weight.shape, self._groups.stored_bits, SKIPPED_NOTE)
+                continue
+            groups = replace(self._groups, spec=spec)
+            # Without a name of its own, so that the copies of its weights are freed before more is measured.
+            if unreached is None:
+                yield from groups.solve(LayerGroup(index, alike, statistics))
+            else:
+                yield from groups.fall_back(LayerGroup(index, alike, None), unreached)
 
     def _other_matrices(self, index: int, block: nn.Module) -> Iterator[SolvedLayer]:
         """Records of the matrices that no method is given. They count in the bits: most of a model may be in them."""

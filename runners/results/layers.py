@@ -33,6 +33,8 @@ class LayerRecord:
         tokens: how many calibration tokens have reached the layer: of an expert, those that were routed to it. None: no
             calibration, or a matrix that no method is given.
         notes: remarks of the solver, in words.
+        bits, group_size, grid, symmetric: of the layer's own grid, `grid` by its name (`int`, `nf4`); None: it keeps its
+            weights, or the result is older. `group_size` is None where a row shares one scale, too.
         worse_than_rounding: the held-out error exceeds that of rounding to nearest on the run's grid; `notes` gives both.
         held_out_error: the relative error on calibration sequences that the solver has not seen; None: there were none.
             Their tokens are never scaled, so it means the same in every run; likewise `token_error`.
@@ -70,6 +72,10 @@ class LayerRecord:
     energy_position_share: float | None = None
     fallback: bool = False
     tokens: int | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    grid: str | None = None
+    symmetric: bool | None = None
     history: tuple[float, ...] = ()
 
     @property
@@ -79,6 +85,7 @@ class LayerRecord:
 
 
 ROUTER_NOTE = "a router of experts, which stays as it is"
+SKIPPED_NOTE = "skipped, as layers asks for"
 
 # Fields of a record.
 WARNINGS = (
@@ -104,7 +111,7 @@ def refuse_warnings(record: LayerRecord) -> None:
     Raises:
         InputError: with the layer and what happened to it.
     """
-    if record.notes == ROUTER_NOTE:  # it is meant to keep its weights
+    if record.notes in (ROUTER_NOTE, SKIPPED_NOTE):  # it is meant to keep its weights
         return
     if found := [f"{kind.replace('_', ' ')}: {value}" for kind in WARNINGS if (value := getattr(record, kind))]:
         what = ", ".join(found) + (f" ({record.notes})" if record.notes else "")
@@ -130,6 +137,13 @@ def ruled_by_few_tokens(records: list[LayerRecord]) -> str | None:
         f"{worst.energy_top_percent:.0%} of the energy of its input{place}. Its error tells little about the other tokens; "
         "calibration.token_weights=length_one weighs all alike"
     )
+
+
+def mean_bits(records: list[LayerRecord]) -> float:
+    """The bits of a code of the layers that are quantized, as a mean over their weights."""
+    sizes = [(record.out_features * record.in_features, record.bits) for record in records]
+    known = [(size, bits) for size, bits in sizes if bits is not None]
+    return sum(size * bits for size, bits in known) / sum(size for size, _ in known)
 
 
 def summarize_layers(records: list[LayerRecord], parameters: int, stored_bits: float) -> dict[str, float]:

@@ -96,6 +96,7 @@ MODEL_PATH = "model_path"  # the fingerprint of the model's files, or its name o
 # Of a checkpoint that was quantized elsewhere, from its own config:
 STORED_METHOD = "stored_method"  # the method, as far as the config names it, else the format
 STORED_LAYOUT = "stored_layout"  # the format, with its version
+INT = "int"  # the name of the uniform grid
 STORED_GRID = "stored_grid"  # `int`, `nf4`, or the types of a GGUF file
 
 
@@ -294,6 +295,7 @@ def peak_memory_gb(metrics: Mapping[str, Any]) -> float | None:
     return max((float(peak) for peak in stages if peak is not None), default=None)
 
 
+MIXED = "layers"  # how the layers of a run are treated that are not treated alike, in words; absent from all other runs
 CALIBRATION_NAME = "calibration.name"  # among the settings of a run
 UNCALIBRATED = "none"  # the name of the calibration of runs without any: they have no layer errors
 GRID_FORMAT = "grid_format"  # the name of the levels that a run has looked up; absent where codes are whole numbers
@@ -315,13 +317,15 @@ def grid_words(metrics: Mapping[str, Any]) -> str:
         return ""
     group_size = _present(metrics.get("group_size"))
     length_one = metrics.get(TOKEN_WEIGHTS) == LENGTH_ONE
+    treated = _present(metrics.get(MIXED))
+    mixed = "" if treated is None else f" mixed ({treated})"
     if group_size is None and metrics["method"].startswith("spqr"):
         # two-level groups, of 16 columns unless the method's settings say otherwise
         words = [OWN_GRID, *[LENGTH_ONE_WORDS] * length_one, *filter(None, [_present(metrics.get(TRANSFORM))])]
-        return " ".join(words)
+        return " ".join(words) + mixed
     grid, transform = _present(metrics.get(STORED_GRID)), _present(metrics.get(TRANSFORM))
     flags = {
-        str(grid): grid not in (None, "int"),
+        str(grid): grid not in (None, INT),
         "symmetric": _present(metrics.get("symmetric")),
         "mse": metrics.get("grid_range") == "mse",
         "act-order": _present(metrics.get("act_order")),
@@ -330,7 +334,7 @@ def grid_words(metrics: Mapping[str, Any]) -> str:
         str(transform): transform is not None,
     }
     kind = [] if (name := _present(metrics.get(GRID_FORMAT))) is None else [name]
-    return " ".join([*kind, group_words(group_size), *(word for word, is_set in flags.items() if is_set)])
+    return " ".join([*kind, group_words(group_size), *(word for word, is_set in flags.items() if is_set)]) + mixed
 
 
 BOS_IN_EVERY_WINDOW, NO_BOS = ", BOS in every window", ", no BOS"  # how the names of protocols with such BOS end
@@ -376,9 +380,21 @@ def _short_path(path: str) -> str:
     return path[:8] if re.fullmatch("[0-9a-f]{16}", path) else path.replace("/", "-")
 
 
+def bits_text(bits: float) -> str:
+    """`3`; `3.33` of layers of unlike bits."""
+    return f"{round(bits, 2):g}"
+
+
 def bits_words(bits: float) -> str:
     """`3 bits`."""
-    return f"{bits:g} bits"
+    return f"{bits_text(bits)} bits"
+
+
+def bits_of(metrics: Mapping[str, Any]) -> str:
+    """The bits of a run in a table, `3`; `3.33 mixed` where its layers are not treated alike; "" for full precision."""
+    bits = _present(metrics.get("bits"))
+    mark = "" if _present(metrics.get(MIXED)) is None else " mixed"
+    return "" if bits is None else f"{bits_text(bits)}{mark}"
 
 
 def status_counts(statuses: Iterable[str]) -> str:
@@ -393,8 +409,8 @@ def _present(value: Any) -> Any:
 
 
 # What the validator asks of a value, by its key or by the beginning of its key.
-_COUNTS = ("bits", "group_size", "seed", "parameters")
-_NUMBERS = (BITS_PER_WEIGHT, BITS_PER_PARAMETER, OUTLIER_RATIO, RUN_SECONDS)
+_COUNTS = ("group_size", "seed", "parameters")
+_NUMBERS = ("bits", BITS_PER_WEIGHT, BITS_PER_PARAMETER, OUTLIER_RATIO, RUN_SECONDS)
 _MEASURED = ("ppl/", "windows/", "layers/", "quantize/", "evaluate/", "warnings/", "agreement/", "zero_shot/")
 _NOT_MEASURED = ("/version", "/sha256")  # endings of keys that tell how something was measured
 _TEXTS = (
@@ -410,6 +426,7 @@ _TEXTS = (
     GRID_FORMAT,
     TRANSFORM,
     COLUMN_ORDER,
+    MIXED,
     "stage",
     "error",
     MODEL_DTYPE,
@@ -493,6 +510,8 @@ def _check(metrics: Any) -> None:
     for key, value in metrics.items():
         if not _fits(key, value):
             raise ValueError(f"{key} cannot be {json.dumps(value)[:80]}")
+    if MIXED not in metrics and isinstance(metrics.get("bits"), float):
+        raise ValueError(f"bits cannot be {metrics['bits']}: only the mean of unlike layers is a fraction")
     for text in names(metrics, "protocol"):
         if windows(text) not in metrics:
             raise ValueError(f"{protocol(text)} is there without {windows(text)}")
@@ -514,7 +533,7 @@ def _fits(key: str, value: Any) -> bool:
         # What was not measured has no key, so None is damage. `type` and not isinstance: True is an int, too.
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
     if value is None:
-        return key not in ("bits", "parameters")  # absent where a run has none; other labels may be null
+        return key != "parameters"  # absent where a run has none; other labels may be null
     if key in _COUNTS:
         return type(value) is int and abs(value) < 2**63  # what a column of a table holds
     if key in _TRUTHS:

@@ -166,7 +166,7 @@ def _method(run: Run) -> str:
 
 
 def _bits(run: Run) -> str:
-    return str(run.get("bits", ""))
+    return metrics.bits_of(run)
 
 
 def _stored_bits(run: Run) -> str:

@@ -16,7 +16,7 @@ from quantease.grids.uniform import UniformGrid
 from quantease.layer import QuantizedLayer
 from quantease.sparse import Outliers
 from runners.config.settings import Settings
-from runners.models.blocks import decoder_blocks, linear_layers
+from runners.models.blocks import decoder_blocks, full_name, linear_layers
 from runners.models.checkpoint import Model
 from runners.quantization.packing import packed_bytes
 
@@ -31,13 +31,20 @@ def codes_bytes(skeleton: Any, settings: Settings, outlier_ratio: float) -> int:
         outlier_ratio: the share of the weights that the method keeps beside the codes.
     """
     run = settings.run
-    group_size = run.group_size or getattr(run.method.solver, "group_size", None)  # a method may have groups of its own
-    spec = GridSpec(run.bits, group_size, format=run.grid_format)
-    shapes = [
-        tuple(layer.weight.shape) for block in decoder_blocks(skeleton) for layer in linear_layers(block).values()
+    own = getattr(run.method.solver, "group_size", None)  # a method may have groups of its own
+    layers = [
+        (tuple(layer.weight.shape), spec)
+        for index, block in enumerate(decoder_blocks(skeleton))
+        for name, layer in linear_layers(block).items()
+        if (spec := run.spec_of(full_name(index, name))) is not None
     ]
-    sizes = {shape: packed_bytes(_layer(shape, spec, outlier_ratio)) for shape in set(shapes)}
-    return sum(sizes[shape] for shape in shapes)
+    sizes = {
+        (shape, spec): packed_bytes(
+            _layer(shape, GridSpec(spec.bits, spec.group_size or own, format=spec.format), outlier_ratio)
+        )
+        for shape, spec in set(layers)
+    }
+    return sum(sizes[layer] for layer in layers)
 
 
 def sequence_bytes(skeleton: Any, model: Model, length: int) -> int:

@@ -22,6 +22,7 @@ from runners.results.metrics import (
     COLUMN_ORDER,
     FALLBACK,
     GRID_FORMAT,
+    MIXED,
     MODEL_DTYPE,
     MODEL_NOTE,
     MODEL_PATH,
@@ -266,6 +267,7 @@ def _headline(settings: Settings, inputs: RunInputs) -> str:
         grid = f"{kind}{bits_words(settings.run.bits)}, {group_words(settings.run.group_size)}"
         what = f"quantizing to {grid}, with {settings.run.method.name}"
         what += "" if settings.run.transform is None else f" behind {settings.run.transform.name}"
+        what += f" (layers: {settings.run.layer_words})" * settings.run.is_mixed
         what += ", without calibration" * (settings.run.calibration is None)
     size = f"{inputs.checkpoint.parameters / 1e6:,.1f} M parameters"
     return f"{settings.run.model.name} ({type(inputs.checkpoint.skeleton).__name__}, {size}) on {inputs.device}: {what}"
@@ -292,6 +294,8 @@ def _labels(settings: Settings) -> dict[str, Any]:
             labels[TRANSFORM] = settings.run.transform.name
         if settings.run.grid_format is not None:
             labels[GRID_FORMAT] = settings.run.grid_format.name
+        if settings.run.is_mixed:  # `bits` are then those of most layers, until their mean is known
+            labels[MIXED] = settings.run.layer_words
         calibration = settings.run.calibration
         labels[CALIBRATION] = UNCALIBRATED if calibration is None else calibration.name
         if calibration is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from runners.config.layer_rules import check_rules
 from runners.config.run import Run
 from runners.config.settings import Settings
 from runners.data.datasets import HubDataset
@@ -53,7 +54,8 @@ def _needed_datasets(run: Run) -> list[HubDataset]:
 
 def _grid_problem(skeleton: Any, run: Run) -> str | None:
     try:
-        check_divisibility(skeleton, run.grid)
+        check_rules(skeleton, run.layers, run.grid)
+        check_divisibility(skeleton, run.spec_of)
         refuse_left_out(skeleton, run.warnings)
         if run.needs_cross:
             refuse_experts(skeleton, run.method.name)

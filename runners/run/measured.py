@@ -42,7 +42,7 @@ class Work:
     """What a run does, as far as its time, its memory and its disk depend on it.
 
     Attributes:
-        grid: the settings of OF_A_GRID.
+        grid: the settings of OF_A_GRID, and those of layers of unlike treatment.
         solver: the settings of the method by name, those of an `init` as `init.name`; {} where nothing is quantized.
         sweeps: of the solver; 0: it makes none.
         mode: of calibration: the inputs, whether true-sequential, and the weights of tokens; () without calibration.
@@ -97,7 +97,7 @@ def work_of(settings: Mapping[str, Any]) -> Work:
         method["name"],
         settings.get("bits") if quantizes else None,
         settings.get("group_size") if quantizes else None,
-        tuple(settings.get(name) for name in OF_A_GRID) if quantizes else (),
+        (*(settings.get(name) for name in OF_A_GRID), settings.get("layers") or None) if quantizes else (),
         solver,
         sweeps,
         mode,

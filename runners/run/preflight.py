@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from runners.config.layer_rules import check_rules
 from runners.config.settings import Settings
 from runners.data.calibration import Sequences, draw_sequences
 from runners.data.windows import Windows, cut_texts
@@ -50,7 +51,8 @@ def preflight(settings: Settings) -> RunInputs:
     device = open_device(settings.execution.device)
     checkpoint = open_checkpoint(settings.run.model, stored=settings.run.is_stored)
     if settings.run.quantizes:
-        check_divisibility(checkpoint.skeleton, settings.run.grid)
+        check_rules(checkpoint.skeleton, settings.run.layers, settings.run.grid)
+        check_divisibility(checkpoint.skeleton, settings.run.spec_of)
         refuse_left_out(checkpoint.skeleton, settings.run.warnings)
         if settings.run.needs_cross:
             refuse_experts(checkpoint.skeleton, settings.run.method.name)

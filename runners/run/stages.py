@@ -35,7 +35,7 @@ from runners.quantization.layerwise import Quantization
 from runners.quantization.paired_inputs import PairedInputs
 from runners.quantization.stored_elsewhere import gguf_metrics, stored_metrics, stored_records
 from runners.results import metrics
-from runners.results.layers import LayerRecord, summarize_layers
+from runners.results.layers import LayerRecord, mean_bits, summarize_layers
 from runners.run.keys import model_key, resume_identity, statistics_key
 from runners.run.preflight import RunInputs
 from runners.storage.cache import Cache
@@ -94,17 +94,23 @@ class Stages:
             stored_bits=stored_bits,
             finished=self.blocks,
             fallback=self.settings.run.fallback,
+            spec_of=self.settings.run.spec_of,
         )
         with Meter(self.inputs.device) as meter:
             records = self._quantize_blocks(quantization, on_layer)
-        return summarize_layers(records, self.inputs.checkpoint.parameters, stored_bits) | {
-            # Not the meter's seconds: the phases add up over all processes of a run that was interrupted and resumed.
-            metrics.QUANTIZE_SECONDS: sum(phases.seconds.values()),
-            metrics.QUANTIZE_MEMORY: max(meter.peak_memory_gb, self.blocks.peak_memory_gb),
-            **{metrics.phase_seconds(phase): seconds for phase, seconds in phases.seconds.items()},
-            **(_calibration_metrics(sequences) if sequences else {}),
-            metrics.CHECKPOINT_SHA256: self.blocks.sha256,
-        }
+        mixed = {"bits": mean_bits(records)} if self.settings.run.is_mixed else {}
+        return (
+            summarize_layers(records, self.inputs.checkpoint.parameters, stored_bits)
+            | mixed
+            | {
+                # Not the meter's seconds: the phases add up over all processes of a run that was interrupted and resumed.
+                metrics.QUANTIZE_SECONDS: sum(phases.seconds.values()),
+                metrics.QUANTIZE_MEMORY: max(meter.peak_memory_gb, self.blocks.peak_memory_gb),
+                **{metrics.phase_seconds(phase): seconds for phase, seconds in phases.seconds.items()},
+                **(_calibration_metrics(sequences) if sequences else {}),
+                metrics.CHECKPOINT_SHA256: self.blocks.sha256,
+            }
+        )
 
     def _stored(self, on_layer: Callable[[LayerRecord], None]) -> Metrics:
         """What a checkpoint that was quantized elsewhere says of itself."""

@@ -14,6 +14,7 @@ from runners.results.metrics import (
     CALIBRATION,
     CALIBRATION_NAME,
     COMMAND,
+    MIXED,
     MODEL_PATH,
     TASKS_LEFT,
     UNCALIBRATED,
@@ -54,7 +55,7 @@ def cell_names(cells: Sequence[Settings]) -> dict[Path, str]:
 
 def cell_name(row: Mapping[str, Any]) -> str:
     """What a cell is called in a sentence, from its labels."""
-    bits = bits_words(row["bits"]) if "bits" in row else ""
+    bits = bits_words(row["bits"]) + " mixed" * (MIXED in row) if "bits" in row else ""
     return " ".join(part for part in (row["model"], row["method"], bits, row["setting"]) if part)
 
 
@@ -153,6 +154,8 @@ def differences(cells: Sequence[Settings]) -> list[str]:
 
 def _flat_identity(cell: Settings) -> dict[str, Any]:
     identity = cell.identity()
+    if cell.run.is_mixed:
+        identity["layers"] = cell.run.layer_words
     if cell.run.quantizes and cell.run.calibration is None:
         identity["calibration"] = {"name": UNCALIBRATED}
     return _flatten(identity)
@@ -178,6 +181,7 @@ def _labels(cells: Sequence[Settings]) -> dict[Path, dict[str, Any]]:
 
 def _label(cell: Settings, setting: str) -> dict[str, Any]:
     grid = {"bits": cell.run.bits, "group_size": cell.run.group_size} if cell.run.quantizes else {}
+    grid |= {MIXED: cell.run.layer_words} if cell.run.is_mixed else {}
     model = {"model": cell.run.model.name, MODEL_PATH: cell.run.labeled_path}
     return {"method": cell.run.method.name, **model, **grid, "setting": setting, "series": cell.series}
 

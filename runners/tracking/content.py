@@ -14,6 +14,7 @@ from runners.results.layers import LayerRecord
 from runners.results.metrics import (
     CHECKPOINT_SHA256,
     GRID_FORMAT,
+    MIXED,
     TOKEN_WEIGHTS,
     Status,
     bits_words,
@@ -98,6 +99,8 @@ def _grid(settings: Settings) -> str:
     labels = {"method": settings.run.method.name, TOKEN_WEIGHTS: calibration and calibration.token_weights}
     if (kind := settings.run.grid_format) is not None:
         labels[GRID_FORMAT] = kind.name
+    if settings.run.is_mixed:
+        labels[MIXED] = settings.run.layer_words
     return grid_words(labels | {name: getattr(settings.run, name) for name in names})
 
 

@@ -101,6 +101,24 @@ def test_what_no_token_reaches_has_no_error_and_counts_in_the_bits() -> None:
         refuse_warnings(rare)
 
 
+def test_it_is_rounded_on_its_own_grid() -> None:
+    model = random_model("opt")
+    block: Any = decoder_blocks(model)[1]
+    block.fc1 = Routed(block.fc1, 0)
+    model.requires_grad_(False)
+    before = rare_weight(model).clone()
+    own = GridSpec(5, group_size=16)
+    treated = {"1.fc1.rare": own, "1.fc2": None}
+    options: dict[str, Any] = {"stored_bits": 32.0, "spec_of": lambda name: treated.get(name, SPEC)}
+    records = quantize(InMemoryModel(model), random_ids(6), 3, RTN(), SPEC, **options)
+    assert torch.equal(rare_weight(model), RTN().solve(LayerProblem(before, torch.eye(32)), own).weight)
+    by_name = {(record.block, record.layer): record for record in records}
+    rare, skipped = by_name[1, "fc1.rare"], by_name[1, "fc2"]
+    assert (rare.fallback, rare.bits, rare.group_size) == (True, 5, 16)
+    assert (skipped.left_alone, skipped.bits, skipped.bits_per_weight) == (True, None, 32)
+    refuse_warnings(skipped)  # it was asked for
+
+
 def test_keep_leaves_it_in_its_own_bits() -> None:
     model, records = run(0, "keep")
     rare = records["fc1.rare"]

@@ -60,6 +60,11 @@ HELD = [
     ("gptq", "method=rtn", "bits=2", "group_size=16", "act_order=true"),
     ("compressed_tensors", "method=gptq", "bits=3"),
     ("compressed_tensors", "method=rtn", "bits=5", "group_size=32", "symmetric=true"),
+    (
+        "compressed_tensors",
+        "method=rtn",
+        "layers=[{match: '*.fc2', bits: 4, group_size: 16}, {match: '0.*', skip: true}]",
+    ),
 ]
 HELD_TOO = [
     ("dense", "method=rtn"),
@@ -108,6 +113,16 @@ def test_column_scales_that_nothing_can_take_are_refused(toy_model: Path, export
     [
         ("gptq", ("method=rtn", "bits=5"), "has 5 bits, the format has 2, 3, 4 or 8: format=compressed_tensors or"),
         ("gptq", ("method=rtn", "scale_bits=32"), "are not those of float16: format=compressed_tensors or"),
+        (
+            "gptq",
+            ("method=rtn", "layers=[{match: '*.fc2', bits: 4}]"),
+            "are of 2 kinds of grids, the format has one",
+        ),
+        (
+            "gptq",
+            ("method=rtn", "layers=[{match: '0.fc2', skip: true}]"),
+            "fc2 is not quantized, and the format quantizes",
+        ),
         ("gptq", ("method=spqr",), "format=dense can hold it"),
         ("compressed_tensors", ("method=spqr",), "format=dense can hold it"),
         (

@@ -58,6 +58,10 @@ LAYER_COLUMNS = {
     "energy_position_share",
     "fallback",
     "tokens",
+    "bits",
+    "group_size",
+    "grid",
+    "symmetric",
 }
 
 
