@@ -12,7 +12,7 @@ instead of W, its outlier mode never updates the quantized part, and its group-w
 for all groups. The tests transcribe the equations of the paper instead (tests/reference.py).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -65,13 +65,15 @@ class QuantEase(LayerSolver):
     """Algorithm 2, from W or from another method's answer.
 
     Attributes:
-        num_iters: sweeps over all columns; fewer if a sweep changes no code and so none of the rest would.
+        num_iters: sweeps over all columns; fewer if a sweep changes no code and so none of the rest would. 0: none, for an
+            answer of `init` that is only refitted.
         relax_every: relax one sweep in so many (the second, the fifth, ... for 3); None: round in every sweep.
         init: the method to start from. The sweeps keep its grid, its outliers and its scaling of the columns, and still
             approximate W. None: start from W itself.
         grid_refits: after the sweeps, solve scales and zero points for the codes and sweep again, so many times. Beyond
             the paper; zero points become fractional and are counted with 16 bits.
-        sweeps_per_refit: sweeps after each refit.
+        sweeps_per_refit: sweeps after each refit; 0: the codes stay what they are.
+        refit_zeros: a refit solves the zero points, too; otherwise it solves the scales alone, and no more bits are stored.
         track_objective: record the relative error after every sweep and refit, at the cost of a matrix product each.
     """
 
@@ -81,11 +83,14 @@ class QuantEase(LayerSolver):
     grid_refits: int = 0
     sweeps_per_refit: int = 3
     track_objective: bool = False
+    # Younger than published results, whose digests (runners/identity.py) are without it.
+    refit_zeros: bool = field(default=True, metadata={"counts_if": lambda solver: not solver.refit_zeros})
 
     def __post_init__(self) -> None:
-        Schedule(self.num_iters, self.relax_every)
-        if self.grid_refits < 0 or self.sweeps_per_refit < 1:
-            raise ValueError("grid_refits must not be negative, and sweeps_per_refit must be at least 1")
+        if self.num_iters != 0 or self.init is None:  # without sweeps W itself would only be rounded
+            Schedule(self.num_iters, self.relax_every)
+        if self.grid_refits < 0 or self.sweeps_per_refit < 0:
+            raise ValueError("grid_refits and sweeps_per_refit must not be negative")
 
     @property
     def rows_independent(self) -> bool:  # each row has its own scale and residual, whatever starts the sweeps
@@ -125,7 +130,7 @@ class QuantEase(LayerSolver):
             if self.track_objective:
                 history.append(problem.relative_error(w_hat.T))
 
-        schedule, convergence = Schedule(self.num_iters, self.relax_every), Convergence(w_hat.device)
+        schedule, convergence = Schedule(max(self.num_iters, 1), self.relax_every), Convergence(w_hat.device)
         for iteration in range(self.num_iters):
             may_stop = schedule.only_rounds_after(iteration)
             rounds = schedule.rounds(iteration)
@@ -138,7 +143,7 @@ class QuantEase(LayerSolver):
                 raise Unsupported("scales are solved for given codes on the int grid alone: take grid_refits=0")
             # The Hessian without the unit curvature that sweeps give to dead inputs: with it, their weights would pull at
             # the scale.
-            grid = refit(w_hat, target, residual, damped, grid)
+            grid = refit(w_hat, target, residual, damped, grid, self.refit_zeros)
             track()
             for _ in range(self.sweeps_per_refit):
                 sweep(w_hat, target, residual, hessian, grid)

@@ -21,7 +21,9 @@ FLOAT16_LARGEST = (
 SINGULAR = 1e-6  # of a c: less than this is left of the determinant a c - b^2 by the rounding of float32 sums alone
 
 
-def refit(w_hat: Tensor, target: Tensor, residual: Residual, hessian: Tensor, grid: UniformGrid) -> UniformGrid:
+def refit(
+    w_hat: Tensor, target: Tensor, residual: Residual, hessian: Tensor, grid: UniformGrid, zeros: bool = True
+) -> UniformGrid:
     """Solve the scale and zero point of every row and group; no row's error rises.
 
     Args:
@@ -30,11 +32,13 @@ def refit(w_hat: Tensor, target: Tensor, residual: Residual, hessian: Tensor, gr
         residual: D = W - W_hat; kept up to date.
         hessian: (in, in). Inputs that are always zero have a zero diagonal here, so their weights have no say.
         grid: with the present scales; symmetric grids keep their zero points.
+        zeros: solve the zero points, too; otherwise they stay, and so does what the grid takes to store.
 
     Returns:
-        The new grid. Unless it is symmetric, its zero points are fractional.
+        The new grid. Unless it is symmetric or keeps its zero points, they are fractional.
     """
     scale, zero = grid.scale.clone(), grid.zero.clone()  # (out, groups)
+    keeps_zeros = grid.spec.symmetric or not zeros
     for group in range(scale.shape[1]):
         rows = (grid.group == group).nonzero().flatten()  # the n columns of the layer in this group: rows of w_hat
         product = residual.hessian_product(hessian[rows])  # (n, out), (H D) of the group: half the downhill slope
@@ -42,8 +46,9 @@ def refit(w_hat: Tensor, target: Tensor, residual: Residual, hessian: Tensor, gr
         old_scale, old_zero = scale[:, group], zero[:, group]
         # The codes are read off the values: w_hat / scale + zero is whole but for rounding errors.
         centered = torch.round(w_hat[rows] / old_scale + old_zero) - old_zero  # (n, out), c = code - zero
-        change, offset = _solve(centered, product, within, grid.spec.symmetric)
+        change, offset = _solve(centered, product, within, keeps_zeros)
         new_scale, new_zero = _as_stored(old_scale, old_zero, change, offset, grid.spec.scale_bits)
+        new_zero = old_zero if keeps_zeros else new_zero
         step = new_scale * (centered + (old_zero - new_zero)) - w_hat[rows]  # (n, out), at the same codes
         # E(D - step) - E(D) per row, with E(D) = D^T H D. It is computed for the stored, rounded parameters, so that a
         # row whose gain is smaller than what float16 loses keeps its old ones.
@@ -54,13 +59,13 @@ def refit(w_hat: Tensor, target: Tensor, residual: Residual, hessian: Tensor, gr
         residual.update(target, w_hat, _span(rows))
         scale[:, group] = torch.where(better, new_scale, old_scale)
         zero[:, group] = torch.where(better, new_zero, old_zero)
-    if grid.spec.symmetric:
+    if keeps_zeros:
         return replace(grid, scale=scale)
     bits = grid.spec.scale_bits + max(ZERO_BITS, grid.spec.scale_bits)
     return replace(grid, scale=scale, zero=zero, stored_bits_per_group=bits)
 
 
-def _solve(centered: Tensor, product: Tensor, within: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+def _solve(centered: Tensor, product: Tensor, within: Tensor, keeps_zeros: bool) -> tuple[Tensor, Tensor]:
     """The best change of the scale and the best offset (out,), float64, for one group; per row.
 
     The values of the group change by delta = ds c + o 1, with c the centered codes and 1 a vector of ones. The error
@@ -75,8 +80,8 @@ def _solve(centered: Tensor, product: Tensor, within: Tensor, symmetric: bool) -
 
     By Cauchy-Schwarz det >= 0, and it is zero where c is a multiple of 1 in the norm of H: all codes of the row are
     equal, or H has rank one. Then scale and offset say the same thing, so the offset stays and ds = f / a alone is
-    solved; likewise for a symmetric grid, which has no offset. Where a is zero, too (all codes are the zero point, or
-    all inputs of the group are dead), nothing depends on the scale, and it stays.
+    solved; likewise where zero points are kept, as a symmetric grid does. Where a is zero, too (all codes are the zero
+    point, or all inputs of the group are dead), nothing depends on the scale, and it stays.
 
     Args:
         centered: (n, out), codes minus zero points.
@@ -89,7 +94,7 @@ def _solve(centered: Tensor, product: Tensor, within: Tensor, symmetric: bool) -
     f, g = (centered * product).sum(0).double(), product.sum(0).double()
     determinant = a * e - b * b
     regular = determinant > SINGULAR * a * e  # relative, so that the Hessian's scale does not matter
-    if symmetric:
+    if keeps_zeros:
         regular = torch.zeros_like(regular)
     change = torch.where(regular, (f * e - g * b) / determinant, f / a)
     offset = torch.where(regular, (g * a - f * b) / determinant, 0.0)

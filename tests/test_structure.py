@@ -51,7 +51,7 @@ ROOMS: dict[str, str] = {
     "kept": "storage data models results quantization config",
     "audit": "storage models results quantization evaluation config run kept",
     "export": "storage models results quantization evaluation formats run kept",
-    "benchmark": "storage models quantization run",
+    "benchmark": "storage models results quantization config run",
     "pretrain": "storage data evaluation",
     "commands": "results config run sweeps tracking",
 }

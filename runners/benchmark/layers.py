@@ -66,13 +66,13 @@ def measure_layer(name: str, out_features: int, in_features: int, rates: Rates, 
     }
 
 
-def random_layer(out_features: int, in_features: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A random weight (out, in) and Hessian (in, in), the same on every call.
+def random_layer(out_features: int, in_features: int, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A random weight (out, in) and Hessian (in, in), the same on every call with a seed.
 
     The Hessian is that of inputs as layers see them: correlated, with a mean that is not zero, and with columns whose size
     spans a factor of 30.
     """
-    g = torch.Generator(device=device).manual_seed(0)
+    g = torch.Generator(device=device).manual_seed(seed)
     rank = max(32, in_features // 4)
     mixing = torch.randn(rank, in_features, generator=g, device=device) / rank**0.5
     norms = torch.logspace(0, -1.5, in_features, device=device)

@@ -243,7 +243,26 @@ def test_fractional_zero_points_are_counted_with_16_bits() -> None:
     assert symmetric.bits_per_weight == pytest.approx(3 + 16 / 128)
 
 
-@pytest.mark.parametrize("wrong", [{"num_iters": 0}, {"relax_every": 1}, {"grid_refits": -1}, {"sweeps_per_refit": 0}])
+@pytest.mark.parametrize("spec", [GridSpec(3), GridSpec(2, group_size=32)])
+def test_a_refit_of_scales_alone_stores_no_more_and_is_the_least_squares_solution(spec: GridSpec) -> None:
+    problem = random_problem(12, 64)
+    plain = GPTQ().solve(problem, spec)
+    refitted = QuantEase(0, init=GPTQ(), grid_refits=60, sweeps_per_refit=0, refit_zeros=False).solve(problem, spec)
+    assert torch.equal(refitted.codes, plain.codes)
+    assert refitted.bits_per_weight == plain.bits_per_weight
+    assert isinstance(plain.grid, UniformGrid)
+    assert isinstance(refitted.grid, UniformGrid)
+    assert torch.equal(refitted.grid.zero, plain.grid.zero)
+    for row in range(12):  # the scales of all groups of a row at once, in float64
+        centered = (plain.codes[row].double() - plain.grid.zero[row].double()[plain.grid.group])[:, None]
+        design = centered * torch.nn.functional.one_hot(plain.grid.group).double()  # (in, groups)
+        moment = design.T @ problem.hessian.double()
+        best = torch.linalg.solve(moment @ design, moment @ problem.weight[row].double())
+        torch.testing.assert_close(refitted.grid.scale[row].double(), best, rtol=5e-3, atol=1e-5)
+    assert problem.relative_error(refitted.weight) < problem.relative_error(plain.weight)
+
+
+@pytest.mark.parametrize("wrong", [{"num_iters": 0}, {"relax_every": 1}, {"grid_refits": -1}, {"sweeps_per_refit": -1}])
 def test_settings_out_of_range_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must"):
         QuantEase(**wrong)  # pyright: ignore[reportArgumentType]
