@@ -27,7 +27,16 @@ from runners.config.command_line import check
 from tests.problems import random_problem, with_dead_columns
 
 METHODS = sorted(path.stem for path in Path("conf/method").glob("*.yaml") if path.stem not in ("fp16", "stored"))
-OWN_GRID = {"spqr", "spqr_1pct", "awq", "quantease_refit", "quantease_outlier", "quantease_structured"}  # and outliers
+OWN_GRID = {
+    "spqr",
+    "spqr_1pct",
+    "awq",
+    "quantease_refit",
+    "gptq_refit",
+    "awq_refit",
+    "quantease_outlier",
+    "quantease_structured",
+}  # and outliers
 SHARED_GRID = [name for name in METHODS if name not in OWN_GRID]  # every new method, unless it says otherwise
 SPECS = [
     GridSpec(3),
