@@ -151,6 +151,11 @@ class QuantEase(LayerSolver):
         del residual  # the largest tensor here: its memory is needed for encoding
         raised = damping is not None
         codes = grid.encode(w_hat.T)
+        if (
+            self.grid_refits and not self.sweeps_per_refit
+        ):  # the grid has moved, and no sweep has rounded dead inputs to it
+            dead = problem.hessian.diagonal() == 0
+            codes[:, dead] = grid.encode(problem.weight)[:, dead]
         return QuantizedLayer(codes, grid, damping=damping, damping_raised=raised, notes=notes, history=tuple(history))
 
 

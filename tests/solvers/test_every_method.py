@@ -108,7 +108,8 @@ def test_at_most_two_to_the_bits_values_a_row_and_group_off_the_outliers(
         mine = layer.grid.group == group
         steps = layer.grid.scale[:, group]
         for row, off, step in zip(weight[:, mine], ~kept[:, mine], steps, strict=True):
-            assert len((row[off] / step * 1024).round().unique()) <= 2**spec.bits
+            if off.any():  # values that rounding has moved by less than a thousandth of a step are one
+                assert 1 + (row[off].sort().values.diff() > step / 1024).sum() <= 2**spec.bits
 
 
 def test_inputs_are_left_alone_and_answers_repeat(solver: LayerSolver, problem: LayerProblem, spec: GridSpec) -> None:
