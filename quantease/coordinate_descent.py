@@ -149,14 +149,15 @@ class QuantEase(LayerSolver):
                 sweep(w_hat, target, residual, hessian, grid)
                 track()
         del residual  # the largest tensor here: its memory is needed for encoding
-        raised = damping is not None
+        raised, codes = damping is not None, self._codes(problem, grid, w_hat)
+        return QuantizedLayer(codes, grid, damping=damping, damping_raised=raised, notes=notes, history=tuple(history))
+
+    def _codes(self, problem: LayerProblem, grid: Grid, w_hat: Tensor) -> Tensor:
         codes = grid.encode(w_hat.T)
-        if (
-            self.grid_refits and not self.sweeps_per_refit
-        ):  # the grid has moved, and no sweep has rounded dead inputs to it
+        if self.grid_refits and not self.sweeps_per_refit:  # no sweep has rounded dead inputs to the new scales
             dead = problem.hessian.diagonal() == 0
             codes[:, dead] = grid.encode(problem.weight)[:, dead]
-        return QuantizedLayer(codes, grid, damping=damping, damping_raised=raised, notes=notes, history=tuple(history))
+        return codes
 
 
 def _remaining_problem(problem: LayerProblem, start: QuantizedLayer) -> LayerProblem:
