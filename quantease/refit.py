@@ -24,7 +24,7 @@ SINGULAR = 1e-6  # of a c: less than this is left of the determinant a c - b^2 b
 def refit(
     w_hat: Tensor, target: Tensor, residual: Residual, hessian: Tensor, grid: UniformGrid, zeros: bool = True
 ) -> UniformGrid:
-    """Solve the scale and zero point of every row and group; no row's error rises.
+    """The grid with the best scale and zero point of every row and group; no row's error rises.
 
     Args:
         w_hat: (in, out), values on `grid`; moved to the new grid in place, at the same codes.
@@ -32,10 +32,7 @@ def refit(
         residual: D = W - W_hat; kept up to date.
         hessian: (in, in). Inputs that are always zero have a zero diagonal here, so their weights have no say.
         grid: with the present scales; symmetric grids keep their zero points.
-        zeros: solve the zero points, too; otherwise they stay, and so does what the grid takes to store.
-
-    Returns:
-        The new grid. Unless it is symmetric or keeps its zero points, they are fractional.
+        zeros: solve the zero points, too, which are fractional then; otherwise the new grid takes no more to store.
     """
     scale, zero = grid.scale.clone(), grid.zero.clone()  # (out, groups)
     keeps_zeros = grid.spec.symmetric or not zeros
