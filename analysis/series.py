@@ -44,6 +44,7 @@ METHOD_ORDER = [  # in tables and legends, from the simplest to the one that sto
     "quantease_paired",
     "gptq_quantease",
     "admm_q",
+    "quantease_best",
     "awq_refit",
     "gptq_refit",
     "quantease_refit",

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
+from quantease.normal_scale import at_normal_scale
 
 
 class Transform(Protocol):
@@ -48,5 +49,6 @@ class Transformed(LayerSolver):
     def needs_cross(self) -> bool:
         return self.solver.needs_cross
 
+    @at_normal_scale  # here, too: a transform may have settings that are weights, as MagR's penalty is
     def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
         return self.transform.solve(self.solver, problem, spec)

@@ -53,6 +53,7 @@ METHODS: dict[str, tuple[str, Marker]] = {  # color, marker
     "qep_gptq": ("#b2182b", (4, 1, 0)),
     "qep_quantease": ("#2166ac", (4, 1, 45)),
     "qronos": ("#762a83", (6, 1, 0)),
+    "quantease_best": ("#000080", (4, 0, 45)),
     "gptq_refit": ("#fdb863", (5, 1, 0)),
     "awq_refit": ("#8073ac", (5, 1, 36)),
     "quantease_paired": ("#00b7c3", (5, 0, 180)),

@@ -49,7 +49,7 @@ class LayerGroup:
 
     def problem(self, names: tuple[str, ...]) -> LayerProblem:
         """The layer problem of some of the layers, their rows stacked in the order of `names`."""
-        siblings = tuple(weight for name, weight in self.weights.items() if name not in names)
+        siblings = tuple(weight.float() for name, weight in self.weights.items() if name not in names)
         # Siblings are the layers left out: AWQ's column scale must suit all layers that share an input.
         weight = torch.cat([self.weights[name].float() for name in names])
         if (statistics := self.statistics) is None:

@@ -17,7 +17,8 @@ from tests.comparators.lossy import lossy
 from tests.problems import random_problem
 from tests.solvers.test_every_method import METHODS, SPECS, build_solver
 
-NAMES = [name for name in METHODS if build_solver(name).needs_cross]
+# A transform in front of a method is no part of what is asked here: quantease_best is MagR in front of qep_admm_q.
+NAMES = [name for name in METHODS if build_solver(name).needs_cross and name != "quantease_best"]
 
 
 def gentle(solver: LayerSolver) -> LayerSolver:

@@ -164,7 +164,7 @@ def test_memory_that_runs_out_changes_no_moment(monkeypatch: pytest.MonkeyPatch)
 def towards_what_was_lost(self: GPTQ, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
     """Rounds W + W C (H + mean diagonal)^-1: an answer that the cross moment changes."""
     assert problem.cross is not None
-    ridge = problem.hessian.diagonal().mean() * torch.eye(len(problem.hessian))
+    ridge = problem.hessian.diagonal().mean() * torch.eye(len(problem.hessian)).to(problem.hessian)
     weight = problem.weight + problem.weight @ problem.cross @ torch.linalg.inv(problem.hessian + ridge)
     grid = problem.fit_grid(spec, weight)
     return QuantizedLayer(grid.encode(weight), grid)
@@ -194,6 +194,14 @@ def test_a_killed_run_ends_with_the_same_bits(
     monkeypatch.setattr(FinishedBlocks, "save", save)
     assert measured(run_cell(killed)) == measured(expected)
     assert codes(killed) == codes(calm)
+
+
+def test_a_model_in_half_precision_is_solved_in_float32(toy_settings: ToySettings) -> None:
+    """Also the layers that share an input with the one that is solved."""
+    row = run_cell(
+        toy_settings("method=quantease_paired", "bits=3", "model.dtype=bfloat16", "evaluation.agreement=false")
+    )
+    assert row["status"] == "done"
 
 
 def test_inputs_that_show_nothing_of_the_loss_are_refused(

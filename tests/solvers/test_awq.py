@@ -9,7 +9,7 @@ from baselines.awq import AWQ
 from baselines.rtn import RTN
 from quantease.grid import GridSpec
 from quantease.grids.uniform import UniformGrid
-from quantease.layer import LayerProblem
+from quantease.layer import LayerProblem, Unsupported
 from tests.problems import random_problem
 
 SPECS = [GridSpec(3), GridSpec(2, group_size=32), GridSpec(4, group_size=32, symmetric=True)]
@@ -88,7 +88,7 @@ def test_bits_by_hand() -> None:
 
 
 def test_without_the_inputs_size_it_refuses() -> None:
-    with pytest.raises(ValueError, match="mean_input"):
+    with pytest.raises(Unsupported, match="mean of"):
         AWQ().solve(replace(random_problem(), mean_input=None), GridSpec(3))
 
 

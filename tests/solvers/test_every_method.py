@@ -23,6 +23,7 @@ from quantease.grids.nf4 import NF4
 from quantease.grids.nvfp4 import NVFP4
 from quantease.grids.uniform import UniformGrid
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported
+from quantease.transform import Transformed
 from runners.config.command_line import check
 from tests.problems import random_problem, with_dead_columns
 
@@ -34,6 +35,7 @@ OWN_GRID = {
     "quantease_refit",
     "gptq_refit",
     "awq_refit",
+    "quantease_best",
     "quantease_outlier",
     "quantease_structured",
 }  # and outliers
@@ -206,7 +208,10 @@ def test_one_row_and_one_column(solver: LayerSolver) -> None:
         layer = solver.solve(problem, GridSpec(3))
         assert layer.codes.shape == shape
         rtn = problem.relative_error(RTN().solve(problem, GridSpec(3)).weight)
-        assert problem.relative_error(layer.weight) <= rtn + (5e-3 if isinstance(solver, SpQR) else 1e-6)
+        more = (
+            5e-3 if isinstance(solver, SpQR | Transformed) else 1e-6
+        )  # statistics of few bits; MagR shrinks the weight
+        assert problem.relative_error(layer.weight) <= rtn + more
 
 
 def test_a_weight_of_zeros_stays_zero(solver: LayerSolver) -> None:

@@ -24,6 +24,8 @@ def times(problem: LayerProblem, factor: float) -> LayerProblem:
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_power_of_two_changes_nothing_but_the_scale(name: str, act_order: bool) -> None:
+    if name == "quantease_best":
+        pytest.skip("MagR's penalty is a weight, as published: layers of usual scale are not shrunk in proportion")
     problem = random_problem(16, 32)
     solver = ActOrder(build_solver(name)) if act_order else build_solver(name)
     for spec in (GridSpec(3), GridSpec(2, group_size=16)):
