@@ -14,7 +14,7 @@ from runners.run.experiment import run_cell
 from tests.conftest import PROJECT
 
 FILES = {file.stem: file for file in sorted((PROJECT / "conf" / "experiment").glob("*.yaml"))}
-LARGE = {"tiny", "smollm2"}  # studies of one model by itself, an hour long
+LARGE = {"tiny", "smollm2", "best"}  # studies of one model by itself, an hour long
 SMALL = 20  # cells at most of any other with model=tiny: some ten minutes on 2 cores
 PUBLISHED = {  # WikiText-2 in the README of the authors' code: full, 4 bits, 3 bits, then 1 % of the columns, of the weights
     "opt-1.3b": (14.62, 15.28, 21.30, 18.51, 16.25),

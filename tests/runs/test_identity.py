@@ -7,12 +7,22 @@ from typing import Any
 import pytest
 import yaml
 
+from baselines.admm_q import ADMMQ
 from baselines.awq import AWQ
+from baselines.cdquant import CDQuant
+from baselines.foem import FOEM
+from baselines.gptaq import GPTAQ
 from baselines.gptq import GPTQ
+from baselines.k_babai import KBabai
+from baselines.ldlqrg import LDLQGreedy
+from baselines.qep import CorrectedTarget
+from baselines.qronos import Qronos
 from baselines.rtn import RTN
 from baselines.spqr import SpQR
+from baselines.transforms.magr import MagR
 from quantease.coordinate_descent import QuantEase
 from quantease.outliers import OutlierQuantEase
+from quantease.transform import Transformed
 from runners.config.execution import Execution, Tracker
 from runners.config.run import Method, Run
 from runners.config.settings import RUN_SETTINGS, Settings
@@ -25,6 +35,7 @@ from runners.project import ROOT
 from tests.conftest import ToySettings
 
 CLASSES = (AWQ, GPTQ, RTN, SpQR, OutlierQuantEase, QuantEase, HubDataset, StandardLibrary)
+CLASSES += (ADMMQ, CDQuant, FOEM, GPTAQ, KBabai, LDLQGreedy, CorrectedTarget, Qronos, MagR, Transformed)
 CLASSES += (Calibration, Evaluation, Method, Model, Text, Tracker)
 BY_NAME = {cls.__name__: cls for cls in CLASSES}
 RUNS = sorted((ROOT / "results" / "tiny").glob("*/*-*/config.yaml"))
