@@ -12,6 +12,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from runners.errors import InputError
+from runners.project import ROOT
 
 POLL_SECONDS = 0.5  # between two looks at the parent
 # Ray listens on the loopback interface alone where it cannot form clusters, as on macOS. This variable says that it cannot.
@@ -32,8 +33,24 @@ def prepared(launcher: DictConfig) -> Iterator[None]:
     if "joblib" in target:
         method = {"_target_": "hydra.utils.get_method", "path": f"{__name__}.end_with_command"}
         OmegaConf.update(launcher, "initializer", method, force_add=True)
-    with _engine(target, launcher):
+    with _with_this_code(), _engine(target, launcher):
         yield
+
+
+@contextmanager
+def _with_this_code() -> Iterator[None]:
+    """Have the processes that a launcher starts import this checkout, as the command does that begins with its run.py.
+
+    Otherwise they could import another one that is installed, and write into its results.
+    """
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def runs_elsewhere(launcher: DictConfig) -> bool:
