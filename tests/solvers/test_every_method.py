@@ -53,18 +53,26 @@ SPECS = [
 ]
 
 
+# Compositions of methods that take the exam themselves, and searches around them: theirs takes a quarter of all the time.
+LONG = {"spqr_1pct", "awq_refit", "gptq_refit", "qep_gptq", "quantease_best"}
+
+
+def _marked(names: list[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in names]
+
+
 @cache
 def build_solver(name: str) -> LayerSolver:
     (settings,) = check([f"method={name}"], multirun=False)
     return settings.run.solver
 
 
-@pytest.fixture(params=METHODS, scope="module")
+@pytest.fixture(params=_marked(METHODS), scope="module")
 def solver(request: pytest.FixtureRequest) -> LayerSolver:
     return build_solver(request.param)
 
 
-@pytest.fixture(params=SHARED_GRID, scope="module")
+@pytest.fixture(params=_marked(SHARED_GRID), scope="module")
 def shared(request: pytest.FixtureRequest) -> LayerSolver:
     """A method whose answer depends on nothing but the grid that all share, row by row."""
     return build_solver(request.param)
