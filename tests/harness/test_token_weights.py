@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from runners.models.blocks import InMemoryModel
 from runners.models.memory import Memory
-from runners.quantization import input_statistics as module
+from runners.quantization import measuring as module
 from runners.quantization.calibration_activations import CalibrationActivations
 from runners.quantization.input_statistics import InputStatistics, StatisticsCache
 from runners.quantization.layer_errors import relative_error, token_error
@@ -68,8 +68,8 @@ def test_every_token_is_scaled_to_length_one(parts: int, monkeypatch: pytest.Mon
 
 def test_a_token_without_input_stays_zero() -> None:
     x = torch.tensor([[0.0, 0.0], [3e-25, 4e-25], [3e25, 4e25]])
-    assert_close(module._of_length_one(x), torch.tensor([[0.0, 0.0], [0.6, 0.8], [0.6, 0.8]]))
-    assert module._of_length_one(x.half()).dtype == torch.float32
+    assert_close(module._at_length_one(x, x), torch.tensor([[0.0, 0.0], [0.6, 0.8], [0.6, 0.8]]))
+    assert module._at_length_one(x.half(), x.half()).dtype == torch.float32
 
 
 def test_held_out_sequences_are_never_scaled() -> None:

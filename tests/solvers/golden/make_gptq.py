@@ -21,6 +21,7 @@ dead, that is zero in all tokens: llm-compressor sets the weights of such inputs
 to nearest.
 """
 
+# pyright: reportArgumentType=false
 from importlib.metadata import version
 from pathlib import Path
 

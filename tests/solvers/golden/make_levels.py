@@ -17,6 +17,7 @@ It writes levels.safetensors beside itself, with the versions it was made with i
     nvfp4.tensor_scale      float32 scalar: generate_gparam
 """
 
+# pyright: reportArgumentType=false
 from importlib.metadata import version
 from pathlib import Path
 
