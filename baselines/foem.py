@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from baselines.gptq import BLOCK, column_blocks, coupling_of, first_columns
-from quantease.cholesky import damping_notes, inverse_factor
+from baselines.gptq import BLOCK, answer_on, column_blocks, coupling_of, first_columns
+from quantease.cholesky import inverse_factor
 from quantease.grid import Grid, GridSpec
 from quantease.kernels import run_block
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
@@ -61,8 +61,7 @@ class FOEM(LayerSolver):
         grid = problem.fit_grid(spec)
         factor, damping = inverse_factor(problem, self.damping)
         values = self._feed_back(problem.weight.T.contiguous(), coupling_of(factor), grid)
-        notes = damping_notes(self.damping, damping)
-        return QuantizedLayer(grid.encode(values.T), grid, damping=damping, damping_raised=bool(notes), notes=notes)
+        return answer_on(grid, values, self.damping, damping)
 
     def _feed_back(self, original: Tensor, coupling: Tensor, grid: Grid) -> Tensor:
         """The rounded values (in, out), from the original weights (in, out)."""

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from baselines.gptq import coupling_of, feed_back
-from quantease.cholesky import damping_notes, inverse_factor
+from baselines.gptq import answer_on, coupling_of, feed_back
+from quantease.cholesky import inverse_factor
 from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from quantease.normal_scale import at_normal_scale
@@ -79,8 +79,7 @@ class GPTAQ(LayerSolver):
             )
         refit = None if self.static_groups else grid
         values = feed_back(weight, coupling.contiguous(), grid.columns(), self.block_size, refit)
-        notes = damping_notes(self.damping, damping)
-        return QuantizedLayer(grid.encode(values.T), grid, damping=damping, damping_raised=bool(notes), notes=notes)
+        return answer_on(grid, values, self.damping, damping)
 
     def _handed_on(self, cross: Tensor, hessian: Tensor, factor: Tensor) -> Tensor:
         """P (in, in), strictly upper triangular: what column j hands to each later column, per unit of its weight."""

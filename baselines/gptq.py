@@ -60,9 +60,7 @@ class GPTQ(LayerSolver):
         weight = problem.weight.T.clone(memory_format=torch.contiguous_format)  # (in, out), compensated as it goes
         refit = None if self.static_groups else grid
         values = feed_back(weight, coupling_of(factor), grid.columns(), self.block_size, refit)
-        notes = damping_notes(self.damping, damping)
-        # The values are on the grid, so encoding only reads their codes off.
-        return QuantizedLayer(grid.encode(values.T), grid, damping=damping, damping_raised=bool(notes), notes=notes)
+        return answer_on(grid, values, self.damping, damping)
 
 
 def coupling_of(factor: Tensor) -> Tensor:
@@ -93,6 +91,18 @@ def feed_back(
         # weight[here] now holds the changes of the block; all later columns get their compensation in one product.
         weight[later].addmm_(coupling[here, later].T, weight[here], alpha=-1)
     return values
+
+
+def answer_on(grid: Grid, values: Tensor, asked: float, damping: float) -> QuantizedLayer:
+    """The answer whose weights are `values` (in, out), which are on the grid.
+
+    Args:
+        asked: the damping of the method's settings.
+        damping: what the factorization took.
+    """
+    notes = damping_notes(asked, damping)
+    # Encoding only reads the codes off.
+    return QuantizedLayer(grid.encode(values.T), grid, damping=damping, damping_raised=bool(notes), notes=notes)
 
 
 def column_blocks(columns: int, block_size: int, first: dict[int, int]) -> Iterator[tuple[int, int]]:

@@ -24,9 +24,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from baselines.gptq import coupling_of, feed_back
+from baselines.gptq import answer_on, coupling_of, feed_back
 from baselines.ldlqrg import disturbed
-from quantease.cholesky import damping_notes, inverse_factor
+from quantease.cholesky import inverse_factor
 from quantease.grid import GridSpec
 from quantease.kernels import Columns
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
@@ -74,8 +74,7 @@ class KBabai(LayerSolver):
         paths = [weight.contiguous(), *(disturbed(weight, path, coupling) for path in noise)]
         values = feed_back(torch.cat(paths, 1), coupling, _repeated(columns, len(paths)))
         best = _best(values.T.reshape(len(paths), *problem.weight.shape), problem)
-        notes = damping_notes(self.damping, damping)
-        return QuantizedLayer(grid.encode(best), grid, damping=damping, damping_raised=bool(notes), notes=notes)
+        return answer_on(grid, best.T, self.damping, damping)
 
     def _noise(self, cost: Tensor, steps: Tensor) -> Tensor:
         """What is added to the weights of each path before they are rounded (paths, in, out).

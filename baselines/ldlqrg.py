@@ -26,9 +26,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from baselines.gptq import coupling_of, feed_back
+from baselines.gptq import answer_on, coupling_of, feed_back
 from quantease.act_order import ActOrder
-from quantease.cholesky import damping_notes, inverse_factor
+from quantease.cholesky import inverse_factor
 from quantease.grid import Grid, GridSpec
 from quantease.kernels import Columns
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer, Unsupported
@@ -85,8 +85,7 @@ class LDLQGreedy(LayerSolver):
         values = self._ldlq(problem, grid, coupling_of(factor)) if self.ldlq else problem.weight.T.clone()
         if self.greedy_passes:
             self._descend(values, problem, grid, damping)
-        notes = damping_notes(self.damping, damping)
-        return QuantizedLayer(grid.encode(values.T), grid, damping=damping, damping_raised=bool(notes), notes=notes)
+        return answer_on(grid, values, self.damping, damping)
 
     def _ldlq(self, problem: LayerProblem, grid: Grid, coupling: Tensor) -> Tensor:
         """The values (in, out) of LDLQ."""

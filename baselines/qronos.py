@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from baselines.gptq import coupling_of, feed_back
+from baselines.gptq import answer_on, coupling_of, feed_back
 from quantease.act_order import ActOrder
-from quantease.cholesky import damping_notes, inverse_factor
+from quantease.cholesky import inverse_factor
 from quantease.grid import GridSpec
 from quantease.layer import LayerProblem, LayerSolver, QuantizedLayer
 from quantease.normal_scale import at_normal_scale
@@ -75,8 +75,7 @@ class Qronos(LayerSolver):
             weight += lost
             weight[1:].addr_(coupling[0, 1:], lost[0], alpha=-1)
         values = feed_back(weight, coupling, grid.columns(), self.block_size)
-        notes = damping_notes(asked, damping)
-        return QuantizedLayer(grid.encode(values.T), grid, damping=damping, damping_raised=bool(notes), notes=notes)
+        return answer_on(grid, values, asked, damping)
 
     def _fraction_of_mean(self, hessian: Tensor) -> float:
         """The damping as a fraction of the mean diagonal of the inputs that are not dead, as `inverse_factor` takes it."""
