@@ -54,14 +54,23 @@ def _needed_datasets(run: Run) -> list[HubDataset]:
 
 def _grid_problem(skeleton: Any, run: Run) -> str | None:
     try:
-        check_rules(skeleton, run.layers, run.grid)
-        check_divisibility(skeleton, run.spec_of)
-        refuse_left_out(skeleton, run.warnings)
-        if run.needs_cross:
-            refuse_experts(skeleton, run.method.name)
+        check_model(skeleton, run)
     except InputError as error:
         return str(error)
     return None
+
+
+def check_model(skeleton: Any, run: Run) -> None:
+    """Refuse a model, given without its weights, whose layers a run cannot quantize as its settings say.
+
+    Raises:
+        InputError: the first thing that is wrong.
+    """
+    check_rules(skeleton, run.layers, run.grid)
+    check_divisibility(skeleton, run.spec_of)
+    refuse_left_out(skeleton, run.warnings)
+    if run.needs_cross:
+        refuse_experts(skeleton, run.method.name)
 
 
 # The cells of a sweep share their inputs, and a problem takes as long to find as its absence: both are kept.

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from runners.config.layer_rules import check_rules
 from runners.config.settings import Settings
 from runners.data.calibration import Sequences, draw_sequences
 from runners.data.windows import Windows, cut_texts
 from runners.errors import InputError
 from runners.evaluation.prompts import check_prompts
 from runners.evaluation.tasks import ReadyTask, prepare_tasks
-from runners.models.blocks import check_coverage, check_divisibility, decoder_blocks, refuse_experts, refuse_left_out
+from runners.models.blocks import check_coverage, decoder_blocks
 from runners.models.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from runners.run.environment import environment
+from runners.run.input_check import check_model
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +51,7 @@ def preflight(settings: Settings) -> RunInputs:
     device = open_device(settings.execution.device)
     checkpoint = open_checkpoint(settings.run.model, stored=settings.run.is_stored)
     if settings.run.quantizes:
-        check_rules(checkpoint.skeleton, settings.run.layers, settings.run.grid)
-        check_divisibility(checkpoint.skeleton, settings.run.spec_of)
-        refuse_left_out(checkpoint.skeleton, settings.run.warnings)
-        if settings.run.needs_cross:
-            refuse_experts(checkpoint.skeleton, settings.run.method.name)
+        check_model(checkpoint.skeleton, settings.run)
         if (left := check_coverage(checkpoint.skeleton)) is not None:
             log.warning("%s", left)
     tokenizer = load_tokenizer(checkpoint)
