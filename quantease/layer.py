@@ -4,10 +4,10 @@ Given a weight W (out, in) and the Hessian H = sum x x^T (in, in) of its calibra
 quantization grid that makes ||W X - W_hat X||_F^2 = tr((W - W_hat) H (W - W_hat)^T) small.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -69,12 +69,10 @@ class LayerProblem:
         return replace(
             self,
             weight=self.weight[:, order],
-            hessian=self.hessian[order][:, order],
+            **self._moments(lambda moment: moment[order][:, order]),
             order=order if self.order is None else self.order[order],  # permutations compose
             mean_input=None if self.mean_input is None else self.mean_input[order],
             siblings=tuple(weight[:, order] for weight in self.siblings),
-            cross=None if self.cross is None else self.cross[order][:, order],
-            cross_half=None if self.cross_half is None else self.cross_half[order][:, order],
         )
 
     def scaled(self, scale: Tensor) -> "LayerProblem":
@@ -85,12 +83,15 @@ class LayerProblem:
         return replace(
             self,
             weight=self.weight * scale,
-            hessian=self.hessian / scale / scale[:, None],
+            **self._moments(lambda moment: moment / scale / scale[:, None]),
             mean_input=None if self.mean_input is None else self.mean_input / scale,
             siblings=tuple(weight * scale for weight in self.siblings),
-            cross=None if self.cross is None else self.cross / scale / scale[:, None],
-            cross_half=None if self.cross_half is None else self.cross_half / scale / scale[:, None],
         )
+
+    def _moments(self, changed: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """The second moments (in, in) of the inputs, each as `changed`, by their names; without those that there are not."""
+        moments = {"hessian": self.hessian, "cross": self.cross, "cross_half": self.cross_half}
+        return {name: changed(moment) for name, moment in moments.items() if moment is not None}
 
     def fit_grid(self, spec: GridSpec, weight: Tensor | None = None, like: Grid | None = None) -> Grid:
         """The grid of the weight, or of another `weight` with the columns in the same order; `like`: see `GridSpec.fit`.
