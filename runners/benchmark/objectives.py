@@ -6,7 +6,6 @@ Layers see the inputs that GPTQ's quantized blocks give them (3 bits, per-channe
 compared is the solvers alone, on equal problems, before any of their errors meets another layer.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from runners.quantization.paired_inputs import PairedInputs
 from runners.results.layers import LayerRecord
 from runners.run.preflight import preflight
 from runners.storage.files import write
+from runners.timing import clock
 
 HARDEST = 10  # layers of the model, by GPTQ's relative error
 RANDOM = 4  # random problems
@@ -127,10 +127,8 @@ def measure(
     for spec in specs:
         if not spec.divides(problem.weight.shape[1]):
             continue
-        gptq = _answer(GPTQ(), problem, spec)
         _answer(GPTQ(), problem, spec)  # the first may have compiled something
         base = _answer(GPTQ(), problem, spec)
-        assert gptq is not None
         assert base is not None
         for method, solver in solvers.items():
             if (answer := _answer(solver, problem, spec)) is None:
@@ -150,14 +148,15 @@ def measure(
 
 def _answer(solver: LayerSolver, problem: LayerProblem, spec: GridSpec) -> dict[str, float] | None:
     """The two distances of a method's answer, its bits and its seconds; None: it has no answer."""
-    start_time = time.perf_counter()
+    device = problem.weight.device
+    begin = clock(device)
     try:
         answer = solver.solve(problem, spec)
     except Unsupported:
         return None
-    difference = problem.weight - answer.weight  # reading it waits for the device
+    difference = problem.weight - answer.weight
     reached = objective(difference, problem.hessian)
-    seconds = time.perf_counter() - start_time
+    seconds = clock(device) - begin
     return {
         "objective": reached,
         "distance": reached + 2 * _lost(problem, difference),
