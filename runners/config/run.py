@@ -21,7 +21,7 @@ from runners.storage.fingerprint import checkpoint_fingerprint, fingerprint
 
 CALIBRATION_DATA = "calibration"  # in the identity's versions of data sets, beside the names of the texts
 NOT_OF_CODES = ("evaluation", "warnings", "reference")  # settings that change no code
-WITHIN_GROUPS = "groups"  # the act_order that sorts inside each grid group
+GROUPS = "groups"  # the act_order that sorts inside each grid group
 GRID = ("bits", "group_size", "symmetric", "scale_bits", "grid_range")  # the settings of GridSpec, in its order
 
 
@@ -73,9 +73,9 @@ class Run:
     layers: tuple[LayerRule, ...] = field(default=(), metadata=counts_if(lambda run: run.is_mixed))
 
     def __post_init__(self) -> None:
-        if self.act_order not in (False, True, WITHIN_GROUPS):
-            raise ValueError(f"act_order must be false, true or {WITHIN_GROUPS}, not {self.act_order!r}")
-        if self.act_order == WITHIN_GROUPS and self.group_size is None:
+        if self.act_order not in (False, True, GROUPS):
+            raise ValueError(f"act_order must be false, true or {GROUPS}, not {self.act_order!r}")
+        if self.act_order == GROUPS and self.group_size is None:
             raise ValueError(
                 "act_order=groups sorts inside groups, and group_size=null makes none: take act_order=true"
             )
@@ -145,7 +145,7 @@ class Run:
     @property
     def sorts_within_groups(self) -> bool:
         """Whether act-order leaves the columns of a grid group together."""
-        return self.act_order == WITHIN_GROUPS
+        return self.act_order == GROUPS
 
     @property
     def needs_cross(self) -> bool:
@@ -179,7 +179,7 @@ class Run:
             raise ValueError(f"{self.method.name} does not quantize")
         solver = self.method.solver
         if self.act_order:
-            solver = ActOrder(solver, within_groups=self.act_order == WITHIN_GROUPS)
+            solver = ActOrder(solver, within_groups=self.act_order == GROUPS)
         return solver if self.transform is None else Transformed(self.transform, solver)
 
     def identity(self, data_root: str | None) -> dict[str, Any]:
