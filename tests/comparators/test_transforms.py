@@ -1,6 +1,6 @@
 """Transforms, and act-order inside groups: what they do to a layer is undone in the answer."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -26,6 +26,18 @@ from tests.conftest import ToySettings
 from tests.problems import random_problem, with_dead_columns
 
 SIZES = [1, 2, 3, 8, 12, 64, 96, 71, 568]  # powers of two, others, and odd ones; Falcon-7B's 4,544 is 8 times 568
+
+
+@dataclass(frozen=True)
+class Keeps(LayerSolver):
+    """A method that keeps the problems that it is given."""
+
+    solver: LayerSolver
+    problems: list[LayerProblem] = field(default_factory=list)
+
+    def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
+        self.problems.append(problem)
+        return self.solver.solve(problem, spec)
 
 
 def rotation(columns: int, seed: int = 5) -> Rotation:
@@ -59,15 +71,9 @@ def test_the_objective_is_the_same_in_both_bases() -> None:
 @pytest.mark.parametrize("size", [64, 96])
 def test_behind_incoherence_a_method_answers_in_the_rotated_basis(inner: LayerSolver, size: int) -> None:
     problem = with_dead_columns(random_problem(32, size), [3])
-    seen: list[LayerProblem] = []
-
-    class Keeps(LayerSolver):
-        def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
-            seen.append(problem)
-            return inner.solve(problem, spec)
-
-    answer = Transformed(Incoherence(), Keeps()).solve(problem, GridSpec(3, group_size=32))
-    alone = inner.solve(seen[0], GridSpec(3, group_size=32))
+    keeps = Keeps(inner)
+    answer = Transformed(Incoherence(), keeps).solve(problem, GridSpec(3, group_size=32))
+    alone = inner.solve(keeps.problems[0], GridSpec(3, group_size=32))
     assert answer.rotation is not None
     assert torch.equal(answer.weight, answer.rotation.undo(alone.weight))
     bits = alone.bits_per_weight + (32 + 16 * size) / problem.weight.numel()
@@ -125,20 +131,16 @@ def shrunk_slowly(problem: LayerProblem, steps: int, penalty: float) -> Tensor:
 @pytest.mark.parametrize("group_size", [None, 16])
 def test_magr_is_its_equations(group_size: int | None) -> None:
     problem = random_problem(6, 32)
-    seen: list[Tensor] = []
-
-    class Keeps(LayerSolver):
-        def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
-            seen.append(problem.weight)
-            return RTN().solve(problem, spec)
-
-    MagR(steps=40, penalty=0.01, group_penalty=0.01).solve(Keeps(), problem, GridSpec(3, group_size=group_size))
+    keeps = Keeps(RTN())
+    MagR(steps=40, penalty=0.01, group_penalty=0.01).solve(keeps, problem, GridSpec(3, group_size=group_size))
     if group_size is None:
-        torch.testing.assert_close(seen[0].double(), shrunk_slowly(problem, 40, 0.01), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            keeps.problems[0].weight.double(), shrunk_slowly(problem, 40, 0.01), rtol=1e-3, atol=1e-4
+        )
     width = group_size or 32
-    before, after = (weight.view(-1, width).abs().amax(-1) for weight in (problem.weight, seen[0]))
+    before, after = (weight.view(-1, width).abs().amax(-1) for weight in (problem.weight, keeps.problems[0].weight))
     assert (after < before).float().mean() > 0.9
-    assert problem.relative_error(seen[0]) < 1e-3
+    assert problem.relative_error(keeps.problems[0].weight) < 1e-3
 
 
 def test_the_projection_is_the_nearest_point_of_the_ball() -> None:
@@ -164,31 +166,19 @@ def test_magr_leaves_dead_inputs_as_they_are_and_rows_alone() -> None:
     whole = solver.solve(problem, GridSpec(3)).weight
     part = solver.solve(replace(problem, weight=problem.weight[3:7]), GridSpec(3)).weight
     torch.testing.assert_close(whole[3:7], part)
-    seen: list[Tensor] = []
-
-    class Keeps(LayerSolver):
-        def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
-            seen.append(problem.weight)
-            return RTN().solve(problem, spec)
-
-    MagR().solve(Keeps(), problem, GridSpec(3))
-    assert torch.equal(seen[0][:, [4, 9]], problem.weight[:, [4, 9]])
+    keeps = Keeps(RTN())
+    MagR().solve(keeps, problem, GridSpec(3))
+    assert torch.equal(keeps.problems[0].weight[:, [4, 9]], problem.weight[:, [4, 9]])
 
 
 def test_act_order_within_groups_keeps_the_columns_of_a_group_together() -> None:
     problem = random_problem(16, 64)
-    seen: list[LayerProblem] = []
-
-    class Keeps(LayerSolver):
-        def solve(self, problem: LayerProblem, spec: GridSpec) -> QuantizedLayer:
-            seen.append(problem)
-            return GPTQ().solve(problem, spec)
-
-    answer = ActOrder(Keeps(), within_groups=True).solve(problem, GridSpec(3, group_size=16))
-    assert seen[0].order is not None
-    groups = (seen[0].order // 16).view(4, 16)
+    keeps = Keeps(GPTQ())
+    answer = ActOrder(keeps, within_groups=True).solve(problem, GridSpec(3, group_size=16))
+    assert keeps.problems[0].order is not None
+    groups = (keeps.problems[0].order // 16).view(4, 16)
     assert (groups == groups[:, :1]).all()
-    energy = seen[0].hessian.diagonal().view(4, 16)
+    energy = keeps.problems[0].hessian.diagonal().view(4, 16)
     assert (energy.diff(dim=1) <= 0).all()
     assert (energy[:, 0].diff() <= 0).all()
     assert torch.equal(answer.grid.group, torch.arange(64) // 16)  # back in place
