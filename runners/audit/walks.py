@@ -53,7 +53,7 @@ class Walks:
 
     def measure(self) -> Damage:
         """What the last walk's model has lost."""
-        rows = windows_at_once(self._source.model, self._ids.shape[1])
+        rows = windows_at_once(self._source, self._ids.shape[1])
         kl, losses, first = [], [], 0
         for hidden, unquantized in zip(self._activations.hidden, self._unquantized, strict=True):
             for part, expected in zip(hidden.split(rows), unquantized.split(rows), strict=True):

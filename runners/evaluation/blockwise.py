@@ -26,8 +26,9 @@ from runners.results.metrics import KL_FLOOR, TOP1_FLOOR
 from runners.storage.cache import Cache
 
 # Bytes of float32 logits that are computed at once. A window of 2,048 tokens takes 0.4 GB with OPT's vocabulary and 2.1 GB
-# with Gemma's, so a whole batch of windows must not become logits together; at least one window always does.
-LOGITS_BYTES = 1e9
+# with Gemma's, so a whole batch of windows must not become logits together; at least one window always does. On a CPU they
+# are few enough that malloc keeps their memory (`runners.models.memory`) instead of asking for zeroed pages every time.
+LOGITS_BYTES = {"cpu": 2e7, "cuda": 1e9}
 
 
 class Mode(Enum):
@@ -247,7 +248,7 @@ class BlockwiseEvaluation:
     def _measure(self, name: str, text: _TextInProgress) -> dict[str, list[float]]:
         """Measure a text whose activations have left the last block: logits and losses, a few windows at a time."""
         reference = self._reference(text)
-        rows = windows_at_once(self._source.model, text.ids.shape[1])
+        rows = windows_at_once(self._source, text.ids.shape[1])
         measured: dict[str, list[float]] = {}
         first, before = 0, self._bar.done
         for batch in text.activations.hidden:
@@ -296,7 +297,7 @@ class BlockwiseEvaluation:
         return final
 
 
-def windows_at_once(model: Any, length: int) -> int:
+def windows_at_once(source: BlockSource, length: int) -> int:
     """Windows of `length` tokens whose logits fit into LOGITS_BYTES; at least one."""
-    vocabulary = model.config.get_text_config().vocab_size
-    return max(1, int(LOGITS_BYTES / (4 * vocabulary * length)))  # 4 bytes per float32
+    vocabulary = source.model.config.get_text_config().vocab_size
+    return max(1, int(LOGITS_BYTES[source.device.type] / (4 * vocabulary * length)))  # 4 bytes per float32

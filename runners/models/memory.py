@@ -21,10 +21,14 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Remedy = Callable[[], str | None]  # reduces something and returns what, in words; None: it cannot be reduced further
 
-M_MMAP_THRESHOLD = -3  # of malloc.h
-# Bytes from which on malloc gives an allocation a mapping of its own, which goes back to the system when freed. The weights
-# of decoder blocks are larger; most tensors of a forward pass, for which mappings would be slow, are not.
-LARGE = 2**22
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+# Bytes from which on malloc gives an allocation a mapping of its own, which goes back to the system when freed; the most
+# that glibc takes. A forward pass frees tensors of some MB and asks for them again all the time: where each time the system
+# had to map and zero their pages, that took a fifth of a run on a CPU.
+LARGE = 2**25
+# Free bytes at the end of the heap from which on malloc returns them by itself. They are returned after every decoder block
+# anyway (`trim_malloc`), so this is what one block may leave between its tensors.
+KEPT = 2**28
 MAX_PARTS = 64  # of a Hessian, and slices of a layer: further ones would free less than 2 % of it
 # What PyTorch's allocators say. On the CPU an allocation that fails is a RuntimeError like any other.
 OUT_OF_MEMORY_PHRASES = (
@@ -133,12 +137,15 @@ class Memory:
 
 
 def configure_malloc() -> None:
-    """Have glibc return large tensors to the system when they are freed.
+    """Have glibc return large tensors to the system when they are freed, and keep the memory of small ones for the next.
 
-    By default its threshold grows with the largest tensor freed, so that ever more of them stay in the heap, in pieces.
+    By default its thresholds grow with the largest tensor freed, so that ever more of them stay in the heap, in pieces. Once
+    one of them is set the other no longer grows, and would be 128 KB: the heap would shrink and grow with every tensor.
     """
     with suppress(AttributeError, OSError):  # another libc
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 def trim_malloc() -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from runners.data.token_ids import ids_hash
-from runners.evaluation import blockwise
+from runners.evaluation import blockwise, likelihood
 from runners.evaluation.blockwise import BlockwiseEvaluation, ReferenceCache
 from runners.evaluation.likelihood import measure_windows
 from runners.evaluation.noise_floor import rounded_once_more
@@ -39,6 +40,20 @@ def test_quantiles_and_buckets_are_those_of_all_tokens() -> None:
         assert found[confidence_share(bucket)] == pytest.approx(inside.mean(), abs=2 / 598)  # one token near an edge
         assert found[confidence_kl(bucket)] == pytest.approx(kl[inside].mean(), rel=2e-2)
     assert sum(found[confidence_share(bucket)] for bucket in range(5)) == pytest.approx(1)
+
+
+def test_how_many_positions_are_computed_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, reference = (torch.randn(3, 150, 50, generator=generator) * 3 for _ in range(2))
+    ids = torch.randint(50, (3, 150), generator=generator)
+    losses = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").reshape(3, -1)
+    for size in (1, 5000, 2**30):  # one position, some, and as many as on a GPU
+        monkeypatch.setattr(likelihood, "CPU_BYTES", size)
+        measured = measure_windows(logits, ids, reference, counted := TokenAgreement())
+        assert torch.equal(measured["nll"], losses.double().mean(1))
+        kl = torch.cat(counted.kl)
+        assert len(kl) == 3 * 149
+        assert measured["kl"].mean().item() == pytest.approx(kl.double().mean().item(), rel=1e-12)
 
 
 def test_a_bucket_without_tokens_has_no_mean() -> None:
