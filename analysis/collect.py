@@ -15,6 +15,7 @@ from runners.results.metrics import (
     CALIBRATION,
     CALIBRATION_INPUTS,
     METRICS,
+    MODEL_DTYPE,
     MODEL_PATH,
     REFERENCE,
     STORED,
@@ -160,10 +161,30 @@ def _read_table(run: dict[Any, Any], name: str) -> pd.DataFrame | None:
 
 
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame([_with_dtype(row, rows) for row in rows])
     frame["series"] = frame["series"].fillna(frame["folder"])  # a run that names no series is one of its own
     frame["model"] = metrics.model_words(rows)  # two models of one name share no row, no figure and no reference
     return frame
+
+
+def _with_dtype(run: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same with the dtype of the unquantized model, after which tables name it, where the run is older than the key.
+
+    Its settings may have set it; if they left it to the model's files, a younger run of these files with the same setting
+    has recorded it.
+    """
+    if run["method"] != REFERENCE or run.get(MODEL_DTYPE) or not (model := _model(run["folder"])):
+        return run
+    alike = (
+        each[MODEL_DTYPE]
+        for each in runs
+        if each.get(MODEL_DTYPE) and each[MODEL_PATH] == run[MODEL_PATH] and _set_alike(model, _model(each["folder"]))
+    )
+    return run | {MODEL_DTYPE: model.get("dtype") or next(alike, None)}
+
+
+def _set_alike(model: dict[str, Any], other: dict[str, Any]) -> bool:
+    return bool(other) and model.get("dtype") == other.get("dtype")
 
 
 def _read_run(file: Path) -> dict[str, Any]:
@@ -195,11 +216,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
+def _model(folder: str) -> dict[str, Any]:
+    """The settings of a run's model; empty where there are none."""
+    model = read_config(Path(folder)).get("model", {})
+    if not isinstance(model, dict):
+        raise _damaged(Path(folder) / "config.yaml", "model is no table of names and values")
+    return model
+
+
 def _model_path(folder: Path) -> str | None:
     """The same from the settings of a run that is older than the key; None where they do not have it."""
-    model = read_config(folder).get("model", {})
-    if not isinstance(model, dict):
-        raise _damaged(folder / "config.yaml", "model is no table of names and values")
+    model = _model(str(folder))
     return str(model["path"]) if "path" in model else None
 
 

@@ -72,6 +72,29 @@ def test_full_precision_has_the_name_of_its_dtype(tmp_path: Path) -> None:
     assert {row["method"] for row in summary} == {"fp16", "rtn"}
 
 
+@pytest.mark.parametrize(
+    ("setting", "others", "name"),
+    [
+        ("float32", None, "fp32"),
+        ("null", "null", "bf16"),
+        ("null", "float32", "fp16"),
+        ("null", None, "fp16"),
+        (None, "null", "fp16"),
+    ],
+    ids=["set", "as a younger run of the same setting", "another setting", "nobody knows", "no settings"],
+)
+def test_the_dtype_of_an_older_full_precision_is_that_of_its_settings_or_of_a_younger_run(
+    tmp_path: Path, setting: str | None, others: str | None, name: str
+) -> None:
+    put(tmp_path, "a", **run("fp16", model_path="7"))
+    put(tmp_path, "b", **run("rtn", 3, model_path="7", model_dtype="bfloat16"))
+    put(tmp_path, "c", **run("rtn", 4, model_path="8", model_dtype="float16"))
+    for folder, dtype in {"a": setting, "b": others, "c": setting}.items():
+        if dtype is not None:
+            (tmp_path / "m" / folder / "config.yaml").write_text(f"model:\n  dtype: {dtype}\n")
+    assert comparison(collect(tmp_path))["method"].iloc[0] == name
+
+
 @pytest.mark.parametrize(("key", "word"), [("protocol/a", "protocols"), ("sha256/a", "texts")])
 def test_no_table_mixes_protocols_or_texts(tmp_path: Path, key: str, word: str) -> None:
     put(tmp_path, "a", **run("rtn", 3))

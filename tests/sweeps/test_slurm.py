@@ -111,7 +111,7 @@ def jobs(state: str) -> list[str]:
 
 def end(sweep: subprocess.Popen[str]) -> str:
     """Wait for the end of a sweep; its output, which has a table and no traceback."""
-    out, _ = sweep.communicate(timeout=180)
+    out, _ = sweep.communicate(timeout=600)
     assert "Traceback" not in out
     assert "sacct" not in out
     assert "bits" in out
@@ -129,12 +129,14 @@ def start_jobs(slurm: None, start_endless_sweep: StartSweep, tmp_path: Path) -> 
 
     def start(*more: str) -> subprocess.Popen[str]:
         sweep = start_endless_sweep(subprocess.PIPE, *ENGINE, *more)
-        wait_for(lambda: bool(quantizing(tmp_path / "runs")), seconds=120)
+        # A command and its job import torch one after the other: half a minute where nothing else runs, minutes elsewhere.
+        wait_for(lambda: bool(quantizing(tmp_path / "runs")) or sweep.poll() is not None)
+        assert sweep.poll() is None, sweep.communicate()
         return sweep
 
     yield start
     subprocess.run(["scancel", "--user=root"], check=False)
-    wait_for(lambda: not jobs("PENDING,RUNNING,COMPLETING"), seconds=120)
+    wait_for(lambda: not jobs("PENDING,RUNNING,COMPLETING"))
 
 
 @pytest.mark.slow
@@ -163,12 +165,12 @@ def test_a_job_that_is_requeued_is_waited_for(start_jobs: StartSweep, tmp_path: 
     (job,), (folder,) = jobs("RUNNING"), quantizing(tmp_path / "runs")
     before = (read_progress(folder) or {})["pid"]
     subprocess.run(["scontrol", "requeue", job], check=True)
-    wait_for(lambda: jobs("PENDING") == [job], seconds=60)
+    wait_for(lambda: jobs("PENDING") == [job])
     assert rows(tmp_path / "runs")[3]["reason"] == "interrupted"
     time.sleep(5)
     assert sweep.poll() is None
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)  # else it waits for two minutes
-    wait_for(lambda: quantizing(tmp_path / "runs") == [folder], seconds=120)
+    wait_for(lambda: quantizing(tmp_path / "runs") == [folder])
     assert (read_progress(folder) or {})["pid"] != before
     subprocess.run(["scancel", job], check=True)
     assert f"job {job} ended without a result (CANCELLED)" in end(sweep)
@@ -179,7 +181,7 @@ def preempt() -> str:
     """Start a job that takes the whole node from those of less priority; its id."""
     command = ["sbatch", "--parsable", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 3600"]
     job = ask(*command).strip()
-    wait_for(lambda: job in jobs("RUNNING"), seconds=120)
+    wait_for(lambda: job in jobs("RUNNING"))
     return job
 
 
@@ -192,13 +194,13 @@ def test_a_job_that_is_preempted_and_requeued_is_waited_for(
     (job,), (folder,) = jobs("RUNNING"), quantizing(tmp_path / "runs")
     before = (read_progress(folder) or {})["pid"]
     urgent = preempt()
-    wait_for(lambda: jobs("PENDING") == [job], seconds=60)
+    wait_for(lambda: jobs("PENDING") == [job])
     assert rows(tmp_path / "runs")[3]["reason"] == "interrupted"
     time.sleep(5)
     assert sweep.poll() is None
     subprocess.run(["scancel", urgent], check=True)
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)  # else it waits for two minutes
-    wait_for(lambda: quantizing(tmp_path / "runs") == [folder], seconds=120)
+    wait_for(lambda: quantizing(tmp_path / "runs") == [folder])
     assert (read_progress(folder) or {})["pid"] != before
     subprocess.run(["scancel", job], check=True)
     assert f"job {job} ended without a result (CANCELLED)" in end(sweep)
@@ -217,7 +219,8 @@ def test_a_job_that_is_preempted_for_good_leaves_its_row(start_jobs: StartSweep,
 
 @pytest.mark.slow
 def test_a_job_whose_time_is_over_leaves_its_row(start_jobs: StartSweep, tmp_path: Path) -> None:
-    sweep = start_jobs("bits=3", "hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=20")
+    # Three minutes, so that the job is at work when they are over, also where its start takes one or two.
+    sweep = start_jobs("bits=3", "hydra.launcher.timeout_min=3", "hydra.launcher.signal_delay_s=20")
     out = end(sweep)
     assert sweep.returncode == 1
     assert "ended without a result (Job not requeued because: timed-out too many times.)" in out
@@ -229,7 +232,7 @@ def test_an_interrupt_cancels_what_has_not_begun_and_names_what_runs_on(start_jo
     sweep = start_jobs("hydra.launcher.array_parallelism=1")
     (first,), (second,) = jobs("RUNNING"), jobs("PENDING")
     sweep.send_signal(signal.SIGINT)
-    out, _ = sweep.communicate(timeout=60)
+    out, _ = sweep.communicate(timeout=600)
     assert sweep.returncode == 130
     assert f"cancelled, as they had not begun: {second}\n" in out
     assert f"these jobs run on, and scancel ends them: scancel {first}\n" in out
