@@ -1,8 +1,8 @@
 """A process for each cell, so that whatever ends it, metrics are written and the sweep continues.
 
-The process is forked from a server (`multiprocessing`'s fork server) that has imported the heavy libraries and done nothing
-with them. So it starts in a fraction of a second instead of ten, and inherits neither CUDA, which does not survive a fork,
-nor the locks of other threads, which would never be released in it.
+The process is forked from a server (`multiprocessing`'s fork server) that has imported all that a cell needs and done
+nothing with it. So it starts in a fraction of a second instead of ten, and inherits neither CUDA, which does not survive a
+fork, nor the locks of other threads, which would never be released in it.
 
 Who stops whom: only the parent heeds Ctrl-C, and sends SIGTERM to the child; the child raises KeyboardInterrupt, writes its
 metrics and leaves. If it does not leave within `GRACE_SECONDS`, the parent kills it and writes the metrics itself.
@@ -40,6 +40,10 @@ log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 15.0  # for a process to write its metrics after SIGTERM; schedulers often send SIGKILL after 30
 START = "start"  # the stage of a process that has not written any progress
+# What a cell imports, but only when it comes to it; that of a tracker by its name.
+NEEDED = ("quantease.kernels.cpu", "transformers.modeling_utils", "transformers.tokenization_utils_tokenizers")
+OF_TRACKER = {"wandb": ("wandb", "runners.tracking.weights_and_biases")}
+OF_MODEL = "transformers.models."
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 OUT_OF_MEMORY = (
     "probably out of memory; try a smaller batch_size, fewer cells at a time (hydra.launcher.n_jobs), or more memory"
@@ -87,7 +91,7 @@ def _run_child(
     process: BaseProcess = context.Process(target=_run_in_child, args=arguments, name=settings.run_name)
     minutes = settings.execution.timeout_minutes
     try:
-        _start(process)
+        _start(process, _imports(settings))
         sender.close()  # the child now has the only writing end, so that reading ends with EOFError when it dies
         result = _wait_for(answer, process, None if minutes is None else time.monotonic() + 60 * minutes, on_cell)
     except _TimeIsUp:
@@ -106,7 +110,16 @@ def _run_child(
     return _stop_and_record(settings, process, Reason.KILLED, _death_words(process.exitcode))
 
 
-def _start(process: BaseProcess) -> None:
+def _imports(settings: Settings) -> list[str]:
+    """The modules that the fork server imports for its cells. The classes of models are those that this process has needed.
+
+    A cell whose model or tracker is another than the first cell's imports what is missing itself.
+    """
+    of_models = sorted(name for name in sys.modules if name.startswith(OF_MODEL))
+    return [__name__, *NEEDED, *OF_TRACKER.get(settings.execution.tracker.name, ()), *of_models]
+
+
+def _start(process: BaseProcess, imports: Sequence[str]) -> None:
     methods = multiprocessing.get_all_start_methods()
     if multiprocessing.get_start_method(allow_none=True) not in (None, *methods):
         multiprocessing.set_start_method(methods[0], force=True)  # joblib sets "loky", which a child does not know
@@ -115,7 +128,7 @@ def _start(process: BaseProcess) -> None:
         with signals_held():
             process.start()
         return
-    forkserver.set_forkserver_preload([__name__, "quantease.kernels.cpu"])  # this imports numba, too
+    forkserver.set_forkserver_preload(list(imports))
     with signals_held():
         forkserver.ensure_running()  # at once; but until it has imported all, which takes seconds, `start` waits
     try:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ from runners.sweeps import isolation
 from runners.sweeps.cells import read_status
 from runners.sweeps.isolation import record_dead_runs, run_isolated
 from runners.sweeps.signals import sigterm_as_interrupt
-from tests.conftest import ToySettings
+from tests.conftest import PROJECT, ToySettings
 from tests.sweeps.endless import StartSweep, quantizing, session, wait_for
 
 DONE = {"status": "done", "method": "fp16", "model": "toy", "bits_per_weight": 16.0, "layers/mean_relative_error": 0.0}
@@ -46,6 +47,8 @@ class Ends(LayerSolver):
         return QuantizedLayer(grid.encode(problem.weight), grid)
 
     def end(self) -> None:
+        if self.how == "tells its time":
+            raise TimeoutError(f"after {time.process_time():.2f} s")
         if self.how == "raises":
             raise ZeroDivisionError("in the middle")
         if self.how == "sleeps":
@@ -101,6 +104,32 @@ def test_a_process_gives_the_same_rows_and_the_next_one_too(toy_settings: ToySet
         for key in ("method", "status", "ppl/wikitext2", "layers/mean_relative_error", "digest"):
             assert mine[key] == other[key]
     assert [row["status"] for row in there] == ["done", "done"]
+
+
+@pytest.mark.skipif(isolation.START_METHOD != "forkserver", reason="this system has no fork server")
+def test_a_process_reaches_its_first_block_in_two_seconds(toy_settings: ToySettings) -> None:
+    """Of its own processor time, which begins with its fork: what its server has imported costs it nothing."""
+    (row,) = run_isolated(ending(toy_settings("method=rtn"), "tells its time"))
+    assert float(row["error"].removeprefix("TimeoutError: after ").removesuffix(" s")) < 2
+
+
+def test_a_process_gives_the_bits_of_a_cold_one(toy_settings: ToySettings, tmp_path: Path) -> None:
+    """A forked cell against one in an interpreter of its own, which has imported nothing before."""
+    arguments = ["method=quantease", "method.num_iters=3", "calibration=c4", "bits=3"]
+    settings = toy_settings(*arguments)
+    run_isolated(settings)
+    toy = ["model=local", f"model.path={settings.run.model.path}", "calibration.num_sequences=6", "tracker=none"]
+    command = [sys.executable, "run.py", *arguments, *toy, "evaluation=wikitext2", f"results={tmp_path / 'cold'}"]
+    command += [f"data_root={settings.execution.data_root}"]
+    subprocess.run(command, cwd=PROJECT, check=True, capture_output=True, text=True)
+    (cold,) = (tmp_path / "cold").glob("runs/toy/quantease-*")
+    assert cold.name == settings.folder.name  # of one digest: the same cell
+    assert (cold / "windows.csv").read_bytes() == (settings.folder / "windows.csv").read_bytes()
+    warm, theirs = stored(settings), json.loads((cold / METRICS).read_text())
+    others = ("seconds", "memory_gb", "seal", "cache/hits", "cache/misses")
+    measured = {key for key in warm if not key.endswith(others)}
+    assert {key: warm[key] for key in measured} == {key: theirs[key] for key in measured}
+    assert {"checkpoint/sha256", "ppl/wikitext2"} <= measured
 
 
 def test_a_process_tells_its_cell_before_the_reference_begins(toy_settings: ToySettings) -> None:
