@@ -19,6 +19,7 @@ from runners.data.token_ids import encode, ids_hash
 from runners.errors import InputError
 from runners.identity import counts_if
 from runners.results.metrics import LENGTH_ONE, UNIFORM
+from runners.storage.cache import Cache
 
 FEW_DISTINCT = 0.5  # share of the calibration tokens that are distinct, below which the draw is said to repeat itself
 
@@ -147,6 +148,7 @@ def draw_sequences(
     seed: int,
     data_root: str | None,
     model_type: str = "",
+    cache: Cache | None = None,
 ) -> Sequences:
     """Draw the calibration sequences and the held-out sequences.
 
@@ -155,9 +157,9 @@ def draw_sequences(
 
     Args:
         length: tokens per sequence.
-        seed: of Python's generator; each seed is another draw.
-        data_root: folder of data sets; None: the hub.
+        seed: of Python's generator; each seed is another draw. A `data_root` of None is the hub.
         model_type: of the model's config, which decides where BOS is with `calibration.bos=auto`.
+        cache: for the ids of long texts, as for `encode`.
 
     Raises:
         MissingData: the data set is missing.
@@ -167,7 +169,7 @@ def draw_sequences(
     # A generator of its own, because the draw must not depend on what else uses the global one. Python's, as in GPTQ's code.
     generator = random.Random(seed)
     bos = resolve_bos(calibration.bos, tokenizer, model_type)
-    encoder = partial(encode, tokenizer, special=bos == TEXT)
+    encoder = partial(encode, tokenizer, special=bos == TEXT, cache=cache)
     own = length - (bos == WINDOW)  # tokens of the text in a sequence
     by_document = calibration.sampling == "documents"
     used, held_out = (_from_documents if by_document else _from_all)(rows, calibration, encoder, own, generator)
@@ -176,8 +178,8 @@ def draw_sequences(
     first, second = (with_bos(t, tokenizer) if t is not None and bos == WINDOW else t for t in tensors)
     assert first is not None, "num_sequences is at least 1"
     documents = len(used.documents) if by_document else None
-    distinct = used.distinct(own)
-    notes = _notes(calibration, documents, distinct / (len(used.windows) * own), len(held_out.windows))
+    distinct, drawn = used.distinct(own), len(used.windows) * own
+    notes = _notes(calibration, documents, distinct / drawn, len(held_out.windows))
     return Sequences(first, second, documents, distinct, bos, notes)
 
 

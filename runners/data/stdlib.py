@@ -11,6 +11,7 @@ Every version of Python has other texts, so their hash and the version of Python
 import ast
 import os
 import sysconfig
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,6 +36,7 @@ SPLIT_OFF = {"idlelib", "lib2to3", "tkinter", "turtledemo", "turtle.py"}
 TEST_SUITES = {"test", "tests", "idle_test"}  # many distributions leave them out too, so nothing is measured on them
 
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_Holder = ast.stmt | ast.excepthandler | ast.match_case  # of statements; no expression holds any
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,25 @@ def _separate(text: str, tree: ast.Module) -> tuple[list[str], str]:
     """The docstrings of a module, without their indentation, and its source without the lines of its docstrings."""
     lines: list[str | None] = list(text.split("\n"))
     docstrings = []
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, _Documented) and (docstring := ast.get_docstring(node)):
             docstrings.append(docstring.strip())
             first = node.body[0]
             for line in range(first.lineno - 1, first.end_lineno or first.lineno):
                 lines[line] = None
     return docstrings, "\n".join(line for line in lines if line is not None).strip()
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """The nodes of a module in the order of `ast.walk`, without expressions, which are most of them."""
+    nodes: deque[ast.AST] = deque([tree])
+    while nodes:
+        node = nodes.popleft()
+        yield node
+        for field in node._fields:
+            children = getattr(node, field)
+            if isinstance(children, list):
+                nodes.extend(child for child in children if isinstance(child, _Holder))
 
 
 def _hash(name: str) -> bytes:

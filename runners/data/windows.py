@@ -18,6 +18,7 @@ from runners.data.datasets import Dataset
 from runners.data.token_ids import encode, ids_hash
 from runners.errors import InputError, MissingData
 from runners.identity import counts_if
+from runners.storage.cache import Cache
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,18 @@ class Windows:
 
 
 def cut_texts(
-    evaluation: Evaluation, tokenizer: PreTrainedTokenizerBase, length: int, data_root: str | None, model_type: str = ""
+    evaluation: Evaluation,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    data_root: str | None,
+    model_type: str = "",
+    cache: Cache | None = None,
 ) -> tuple[dict[str, Windows], dict[str, str]]:
     """Cut all evaluation texts into windows of `length` tokens.
 
     Args:
         model_type: of the model's config, which decides where BOS is with `evaluation.bos=auto`.
+        cache: for the ids of long texts, as for `encode`.
 
     Returns:
         The windows by the text's name; and for each text that was skipped the reason, in a sentence.
@@ -110,7 +117,7 @@ def cut_texts(
     bos = resolve_bos(evaluation.bos, tokenizer, model_type)
     for name, text in evaluation.texts.items():
         try:
-            windows[name] = cut_windows(name, text, tokenizer, length, data_root, bos)
+            windows[name] = cut_windows(name, text, tokenizer, length, data_root, bos, cache)
         except MissingData as error:
             if not evaluation.skip_missing:
                 raise
@@ -125,11 +132,13 @@ def cut_windows(
     length: int,
     data_root: str | None,
     bos: str | None = None,
+    cache: Cache | None = None,
 ) -> Windows:
     """Tokenize one evaluation text and cut it into windows of `length` tokens.
 
     Args:
         bos: `text`, `window` or `none`; None: what the papers have, `text` where the tokenizer adds BOS.
+        cache: as for `encode`.
 
     Raises:
         MissingData: the data set is missing.
@@ -140,13 +149,11 @@ def cut_windows(
     protocol = text.protocol
     if text.max_documents is not None:
         if len(rows) < text.max_documents:
-            protocol += (
-                f" ({len(rows)} documents)"  # fewer documents than published: not comparable under the bare name
-            )
+            protocol += f" ({len(rows)} documents)"  # fewer than published: not comparable under the bare name
         rows = rows[: text.max_documents]
     # Joined first, then tokenized, as in GPTQ's code: a tokenizer may merge characters across the join, and it adds a BOS
     # token once, not once per document.
-    ids = encode(tokenizer, text.join.join(rows), special=bos == TEXT)
+    ids = encode(tokenizer, text.join.join(rows), special=bos == TEXT, cache=cache)
     own = length - (bos == WINDOW)  # tokens of the text in a window
     count = len(ids) // own  # the tail is dropped: a shorter window would predict its tokens from less context
     if count == 0:

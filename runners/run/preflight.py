@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from runners.models.blocks import check_coverage, decoder_blocks
 from runners.models.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from runners.run.environment import environment
 from runners.run.input_check import check_model
+from runners.storage.cache import Cache
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +59,12 @@ def preflight(settings: Settings) -> RunInputs:
     tokenizer = load_tokenizer(checkpoint)
     length = checkpoint.sequence_length
     model_type, data_root = checkpoint.config.model_type, settings.execution.data_root
-    windows, skipped = cut_texts(settings.run.evaluation, tokenizer, length, data_root, model_type)
+    cache = open_cache(settings)
+    windows, skipped = cut_texts(settings.run.evaluation, tokenizer, length, data_root, model_type, cache)
     tasks, missing = prepare_tasks(settings.run.evaluation.tasks, data_root)
     sequences, calibration, seed = None, settings.run.calibration, settings.run.seed
     if settings.run.quantizes and calibration is not None:
-        sequences = draw_sequences(calibration, tokenizer, length, seed, data_root, model_type)
+        sequences = draw_sequences(calibration, tokenizer, length, seed, data_root, model_type, cache)
     # After the sequences are drawn, because lm-eval adds a padding token to a tokenizer that has none.
     limit = settings.run.evaluation.limit
     prompts = check_prompts(tasks, tokenizer, checkpoint.config, length=length, limit=limit)
@@ -71,6 +74,12 @@ def preflight(settings: Settings) -> RunInputs:
     skipped |= missing | prompts.skipped
     original = _original(settings, checkpoint, windows)
     return RunInputs(checkpoint, tokenizer, device, sequences, windows, prompts.tasks, skipped, batch_size, original)
+
+
+def open_cache(settings: Settings) -> Cache:
+    """The cache that the runs of these settings share."""
+    execution = settings.execution
+    return Cache(None if execution.cache is None else Path(execution.cache), execution.cache_gb)
 
 
 def _original(settings: Settings, checkpoint: Checkpoint, windows: dict[str, Windows]) -> Checkpoint | None:

@@ -37,7 +37,7 @@ from runners.quantization.stored_elsewhere import gguf_metrics, stored_metrics, 
 from runners.results import metrics
 from runners.results.layers import LayerRecord, mean_bits, summarize_layers
 from runners.run.keys import model_key, resume_identity, statistics_key
-from runners.run.preflight import RunInputs
+from runners.run.preflight import RunInputs, open_cache
 from runners.storage.cache import Cache
 from runners.timing import Meter, Phases
 
@@ -71,9 +71,7 @@ class Stages:
         if settings.execution.force:
             delete_finished_blocks(folder)
         blocks = FinishedBlocks(folder, resume_identity(settings, inputs)) if settings.run.quantizes else None
-        execution = settings.execution
-        cache = Cache(None if execution.cache is None else Path(execution.cache), execution.cache_gb)
-        return cls(settings, inputs, source, blocks, cache)
+        return cls(settings, inputs, source, blocks, open_cache(settings))
 
     def quantize(self, on_layer: Callable[[LayerRecord], None]) -> Metrics:
         """Quantize the blocks that are not finished; a run that does not quantize has no error and takes no time.

@@ -1,5 +1,6 @@
 """Data sets from a folder and from the hub, the standard library, and the windows and sequences cut from them."""
 
+import ast
 import json
 import os
 import re
@@ -16,14 +17,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from runners.config.command_line import check
+from runners.data import stdlib
 from runners.data.calibration import Calibration, draw_sequences
 from runners.data.datasets import Dataset, HubDataset, StandardLibrary
 from runners.data.stdlib import SHARES, Part, documents, part_of
-from runners.data.token_ids import ids_hash
+from runners.data.token_ids import encode, ids_hash
 from runners.data.windows import Text, cut_windows
 from runners.errors import WRONG_INPUT
 from runners.evaluation.likelihood import perplexity, window_losses
 from runners.run.experiment import run_cell
+from runners.storage.cache import Cache
 from tests.conftest import PROJECT, SHARED, TOKENIZER, ToySettings, write_rows
 from tests.families import random_ids, random_model
 
@@ -262,6 +265,54 @@ def test_a_modules_docstrings_are_in_its_docs_and_not_in_its_source() -> None:
     assert "Add dunder methods based on the fields defined in the class." not in source["dataclasses"]
     assert "def dataclass(" in source["dataclasses"]
     assert "def dataclass(" not in docs["dataclasses"]
+
+
+def test_docstrings_come_in_the_order_of_all_nodes() -> None:
+    """Whatever statement holds them: the texts, and so the hashes of their tokens, are those of a walk over all nodes."""
+    text = """class A:
+    def f(self): "f"
+    match 1:
+        case 1:
+            def g(): "g"
+try:
+    def h(): "h"
+except OSError:
+    def i(): "i"
+else:
+    async def j(): "j"
+finally:
+    for _ in (lambda: 1, 2):
+        class K: "K"
+    while 0: pass
+    else:
+        def m(): "m"
+"""
+    tree = ast.parse(text)
+    walked = [
+        ast.get_docstring(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    found, _ = stdlib._separate(text, tree)
+    assert found == [docstring for docstring in walked if docstring]
+    assert len(found) == 7
+
+
+def test_ids_of_a_long_text_are_kept_by_their_content(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    text = "a few words, many times over. " * 9000
+    cache = Cache(tmp_path, limit_gb=1)
+    ids = encode(tokenizer, text, cache=cache)
+    assert torch.equal(ids, encode(tokenizer, text))
+    assert (cache.hits, cache.misses) == (0, 1)
+    assert torch.equal(encode(tokenizer, text, cache=cache), ids)
+    assert cache.hits == 1
+    other: Any = AutoTokenizer.from_pretrained(TOKENIZER)
+    other.add_tokens(["words"])
+    for tokens in (encode(tokenizer, text + "a", cache=cache), encode(other, text, cache=cache)):
+        assert not torch.equal(tokens, ids)  # another text, another tokenizer
+    assert cache.hits == 1
+    encode(tokenizer, "short", cache=cache)
+    assert cache.misses == 3
 
 
 def test_the_standard_library_gives_enough_text(tokenizer: PreTrainedTokenizerBase) -> None:
