@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from runners.config.settings import Settings
 from runners.data.calibration import Sequences, draw_sequences
+from runners.data.datasets import StandardLibrary
 from runners.data.windows import Windows, cut_texts
 from runners.errors import InputError
 from runners.evaluation.prompts import check_prompts
@@ -74,6 +75,15 @@ def preflight(settings: Settings) -> RunInputs:
     skipped |= missing | prompts.skipped
     original = _original(settings, checkpoint, windows)
     return RunInputs(checkpoint, tokenizer, device, sequences, windows, prompts.tasks, skipped, batch_size, original)
+
+
+def modules_of_texts(settings: Settings) -> list[str]:
+    """Modules that, once imported, have at hand what a run of these settings would read anew: for a fork server."""
+    run = settings.run
+    texts = [text.dataset for text in run.evaluation.texts.values()]
+    texts += [run.calibration.dataset] if run.calibration is not None else []
+    reads = any(isinstance(dataset, StandardLibrary) for dataset in texts)
+    return ["runners.data.stdlib_at_hand"] if reads else []
 
 
 def open_cache(settings: Settings) -> Cache:

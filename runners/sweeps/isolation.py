@@ -33,6 +33,7 @@ from runners.results.progress import progress_words, read_progress, remove_progr
 from runners.results.run_folder import RunFolder
 from runners.results.run_log import append
 from runners.run.experiment import INTERRUPTED, failure_metrics, run_experiment
+from runners.run.preflight import modules_of_texts
 from runners.sweeps.gpus import lease
 from runners.sweeps.signals import heeding_sigterm, signals_held
 
@@ -42,7 +43,7 @@ GRACE_SECONDS = 15.0  # for a process to write its metrics after SIGTERM; schedu
 START = "start"  # the stage of a process that has not written any progress
 # What a cell imports, but only when it comes to it; that of a tracker by its name.
 NEEDED = ("quantease.kernels.cpu", "transformers.modeling_utils", "transformers.tokenization_utils_tokenizers")
-OF_TRACKER = {"wandb": ("wandb", "runners.tracking.weights_and_biases")}
+OF_TRACKER = {"wandb": ("wandb", "wandb.sdk.launch", "wandb.apis.public", "runners.tracking.weights_and_biases")}
 OF_MODEL = "transformers.models."
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 OUT_OF_MEMORY = (
@@ -116,7 +117,8 @@ def _imports(settings: Settings) -> list[str]:
     A cell whose model or tracker is another than the first cell's imports what is missing itself.
     """
     of_models = sorted(name for name in sys.modules if name.startswith(OF_MODEL))
-    return [__name__, *NEEDED, *OF_TRACKER.get(settings.execution.tracker.name, ()), *of_models]
+    of_tracker = OF_TRACKER.get(settings.execution.tracker.name, ())
+    return [__name__, *NEEDED, *of_tracker, *of_models, *modules_of_texts(settings)]
 
 
 def _start(process: BaseProcess, imports: Sequence[str]) -> None:
