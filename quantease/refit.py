@@ -108,7 +108,7 @@ def _as_stored(scale: Tensor, zero: Tensor, change: Tensor, offset: Tensor, bits
     new_scale = float_format(bits).storable((scale + change).clamp(min=-1.0, max=FLOAT16_LARGEST).to(scale.dtype))
     # o / 0 is infinite or not a number, and such a row is refused for its scale: any finite zero point will do.
     shift = (offset / new_scale).to(zero.dtype).nan_to_num(0.0, 0.0, 0.0)
-    new_zero = zero - shift.clamp(-FLOAT16_LARGEST, FLOAT16_LARGEST)
+    new_zero = (zero - shift).clamp(-FLOAT16_LARGEST, FLOAT16_LARGEST)  # the sum: a zero point may be far out already
     return new_scale, float_format(max(ZERO_BITS, bits)).storable(new_zero)
 
 

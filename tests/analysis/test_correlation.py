@@ -196,4 +196,5 @@ def test_the_committed_correlations_are_those_of_the_committed_runs() -> None:
         wanted = spearman(at_3_bits[key], at_3_bits["agreement/stdlib_docs/kl"])
         chosen = table.loc[table["error"] == LAYER_ERRORS[key], "correlation"]
         assert list(chosen) == [pytest.approx(wanted, abs=1e-4)]
-    assert TOKEN_ERROR not in frame  # its runs are older
+    with_token_error = set(frame.loc[frame[TOKEN_ERROR].notna(), "method"])
+    assert not with_token_error & {"rtn", "gptq", "quantease"}  # runs that are older

@@ -16,7 +16,7 @@ from quantease.grid import GridSpec
 from quantease.grids.uniform import UniformGrid
 from quantease.layer import LayerProblem, LayerSolver, objective
 from quantease.outliers import OutlierQuantEase
-from quantease.refit import refit
+from quantease.refit import _as_stored, refit
 from runners.benchmark.column_by_column import ColumnByColumn
 from tests import reference
 from tests.problems import best_codes, random_problem, with_dead_columns
@@ -307,3 +307,13 @@ def test_the_gpu_finds_what_the_cpu_finds() -> None:
             here = problem.relative_error(solver.solve(problem, replace(spec, group_size=None)).weight)
             gpu = solver.solve(there, replace(spec, group_size=None)).weight.cpu()
             assert problem.relative_error(gpu) == pytest.approx(here, rel=2e-2)
+
+
+def test_zero_points_that_wander_off_by_many_refits_stay_in_float16() -> None:
+    """A zero point of 7,000 that would move by 60,000 more is cut at what float16 holds, not refused."""
+    scale, zero = torch.ones(1), torch.full((1,), 7e3)
+    change, offset = torch.zeros(1, dtype=torch.float64), torch.full((1,), -6.5e4, dtype=torch.float64)
+    new_scale, new_zero = _as_stored(scale, zero, change, offset, 16)
+    assert new_scale.item() == 1
+    assert torch.isfinite(new_zero.half()).all()
+    assert 5.9e4 < new_zero.item() <= 65504
