@@ -24,6 +24,7 @@ BASES = ("gptq", "rtn")  # the first of these methods that was run is the one th
 LONGEST_GRID = 80  # characters, in the name of a file
 MOST_GRIDS = 2  # figures per number of bits
 MOST_SERIES = 6  # in a panel; more could not be told apart
+FIRST = ("rtn", "quantease", "quantease_best")  # among series of equal bits: the yardsticks of all others
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,11 @@ def _choice(model: str, bits: float, grid: str, rows: list[Row]) -> LayerChoice:
     pairs = [(row, _base_of(row, bases)) for row in members]
     drawn = [(row, other) for row, other in pairs if row is not other and (other is not None or base is None)]
     anchor = min((row[BITS_PER_WEIGHT] for row in bases), default=0.0)
-    near = sorted(drawn, key=lambda pair: (abs(pair[0][BITS_PER_WEIGHT] - anchor), pair[0]["rank"]))[:MOST_SERIES]
+
+    def place(row: Row) -> tuple[float, bool, Any]:
+        return abs(row[BITS_PER_WEIGHT] - anchor), row["method"] not in FIRST, row["rank"]
+
+    near = sorted(drawn, key=lambda pair: place(pair[0]))[:MOST_SERIES]
     shown = [pair for pair in drawn if any(pair[0] is row for row, _ in near)]
     visible = [row["series"] for pair in shown for row in pair if row]
     hidden = [row for row in members if row["series"] not in visible]

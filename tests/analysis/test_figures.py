@@ -202,6 +202,15 @@ def test_at_most_six_series_are_shown_and_the_others_are_named(tmp_path: Path) -
     assert len(axis.get_lines()) == 7
 
 
+def test_quantease_is_among_the_six_of_equal_bits(tmp_path: Path) -> None:
+    """Methods of 2026 come before it in tables, and store as much."""
+    for method in ["gptq", "rtn", "a", "b", "c", "d", "e", "f", "quantease"]:
+        write_layers(tmp_path, method, 0, 0.1, 3.0)
+    ((choice,), _) = choices(tmp_path, "m")
+    assert {"rtn", "quantease"} <= {row["method"] for row, _ in choice.shown}
+    assert len(choice.shown) == 6
+
+
 @pytest.mark.parametrize(
     ("methods", "words", "value"),
     [(("rtn", "mine"), "relative to rtn's (GPTQ was not run)", 0.5), (("mine",), "(gptq and rtn were not run)", 0.1)],
