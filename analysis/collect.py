@@ -173,12 +173,14 @@ def _with_dtype(run: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, An
     Its settings may have set it; if they left it to the model's files, a younger run of these files with the same setting
     has recorded it.
     """
-    if run["method"] != REFERENCE or run.get(MODEL_DTYPE) or not (model := _model(run["folder"])):
+    if run["method"] != REFERENCE or run.get(MODEL_DTYPE) or not (model := _model(Path(run["folder"]))):
         return run
     alike = (
         each[MODEL_DTYPE]
         for each in runs
-        if each.get(MODEL_DTYPE) and each[MODEL_PATH] == run[MODEL_PATH] and _set_alike(model, _model(each["folder"]))
+        if each.get(MODEL_DTYPE)
+        and each[MODEL_PATH] == run[MODEL_PATH]
+        and _set_alike(model, _model(Path(each["folder"])))
     )
     return run | {MODEL_DTYPE: model.get("dtype") or next(alike, None)}
 
@@ -216,17 +218,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _model(folder: str) -> dict[str, Any]:
+def _model(folder: Path) -> dict[str, Any]:
     """The settings of a run's model; empty where there are none."""
-    model = read_config(Path(folder)).get("model", {})
+    model = read_config(folder).get("model", {})
     if not isinstance(model, dict):
-        raise _damaged(Path(folder) / "config.yaml", "model is no table of names and values")
+        raise _damaged(folder / "config.yaml", "model is no table of names and values")
     return model
 
 
 def _model_path(folder: Path) -> str | None:
     """The same from the settings of a run that is older than the key; None where they do not have it."""
-    model = _model(str(folder))
+    model = _model(folder)
     return str(model["path"]) if "path" in model else None
 
 
